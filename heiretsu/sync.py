@@ -1,0 +1,95 @@
+"""Between backward and step: what ranks owe each other so that all hold the gradient of one loss.
+
+1. `sum_tied`      the tied embedding was used on the first and on the last stage: add both parts;
+2. `average`       add the gradients of the dp ranks, in flat buckets. Each rank divided its loss by
+                   the number of valid tokens in the whole batch, so the sum is the average that is
+                   wanted, however unevenly the tokens are spread;
+3. `global_norm`   the norm of the whole gradient, each element counted once;
+4. `clip`          scale by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from heiretsu.comm import StageLink, all_sum
+from heiretsu.layers import layouts
+from heiretsu.mesh import Mesh
+from heiretsu.model import GPT
+
+
+def gradients(model: GPT) -> list[Tensor]:
+    grads = [p.grad for p in model.parameters()]
+    assert all(grad is not None for grad in grads), "a parameter has no gradient"
+    return [grad for grad in grads if grad is not None]
+
+
+def sum_tied(model: GPT) -> None:
+    """Both ends of the pipeline add the same two terms, and addition commutes: equal bits."""
+    mesh = model.mesh
+    is_end = mesh.is_first_stage or mesh.is_last_stage
+    if not model.config.tied or mesh.size("pp") == 1 or not is_end:
+        return
+    grad = model.wte.weight.grad
+    assert grad is not None
+    other = mesh.size("pp") - 1 - mesh.at.pp
+    link = StageLink(mesh)
+    link.send(grad.clone(), other)
+    grad += link.receive(tuple(grad.shape), grad.dtype, other)
+    link.flush()
+
+
+def average(model: GPT, bucket_bytes: int) -> None:
+    if model.mesh.size("dp") == 1:
+        return
+    for bucket in buckets(gradients(model), bucket_bytes):
+        flat = all_sum(torch.cat([grad.flatten() for grad in bucket]), model.mesh, "dp")
+        sizes = [grad.numel() for grad in bucket]
+        for grad, part in zip(bucket, flat.split(sizes), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def buckets(grads: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Runs of gradients of up to `limit` bytes; a larger one goes alone. Last layers first: their
+    gradients are ready first.
+    """
+    bucket: list[Tensor] = []
+    held = 0
+    for grad in reversed(grads):
+        if bucket and held + grad.nbytes > limit:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(grad)
+        held += grad.nbytes
+    if bucket:
+        yield bucket
+
+
+def global_norm(model: GPT) -> Tensor:
+    """The 2-norm of the whole gradient, a scalar in float32 at least, the same on every rank."""
+    mesh = model.mesh
+    dtype = torch.promote_types(gradients(model)[0].dtype, torch.float32)
+    total = torch.zeros((), dtype=dtype, device=mesh.device)
+    for name, parameter, layout in layouts(model):
+        if counts_here(name, layout.cut is None, mesh):
+            assert parameter.grad is not None
+            total += parameter.grad.to(dtype).square().sum()
+    return all_sum(all_sum(total, mesh, "tp"), mesh, "pp").sqrt()
+
+
+def counts_here(name: str, is_whole: bool, mesh: Mesh) -> bool:
+    """Of the ranks that hold the same elements, one counts them: tp 0, and for the tied embedding
+    the first stage. (dp ranks do not add their norms, so each counts for itself.)
+    """
+    is_second_copy = name == "wte.weight" and not mesh.is_first_stage
+    return not is_second_copy and (not is_whole or mesh.at.tp == 0)
+
+
+def clip(model: GPT, norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients so that their norm is at most `max_norm`, as torch.nn.utils does it."""
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in gradients(model):
+        grad.mul_(factor.to(grad.dtype))

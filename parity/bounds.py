@@ -1,0 +1,96 @@
+"""How far a right answer may lie from the baseline's: measured on the baseline, not picked.
+
+The baseline is run again with every initial parameter disturbed by one rounding. How far a tensor
+moves then is what one rounding per product is worth to it, through all contractions and all steps;
+a candidate that adds in another order errs by about as much. Measured so, the noise is right where
+a tensor's own size says nothing (a gradient that is zero in exact arithmetic), and where a step
+divides by almost nothing (Adam).
+
+`k` disturbed runs give `k` draws of that noise. Were both normal, the candidate's error over their
+root mean square would follow Student's t with `k` degrees of freedom, so the quantile of t is the
+allowed multiple. The one number chosen here is the chance of a false alarm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from math import atan, cos, sin, sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NUDGES = 8  # disturbed runs of the first baseline per dtype
+FALSE_ALARM = 1e-12  # the chance that one row of one right tensor is called wrong
+
+
+def t_quantile(chance: float, dof: int) -> float:
+    """The multiple that |t| with an even number of degrees of freedom exceeds with this chance.
+
+    The integral in closed form: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.4.
+    """
+    low, high = 0.0, 1e12
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _tail(middle, dof) > chance else (low, middle)
+    return high
+
+
+def _tail(t: float, dof: int) -> float:
+    angle = atan(t / sqrt(dof))
+    term = total = 1.0
+    for i in range(1, dof // 2):
+        term *= (2 * i - 1) / (2 * i) * cos(angle) ** 2
+        total += term
+    return 1 - sin(angle) * total
+
+
+ALLOWED = t_quantile(FALSE_ALARM, NUDGES)  # 76: times the noise of a row
+
+
+class Expected(NamedTuple):
+    """What a record of the candidate is held against."""
+
+    exact: Tensor  # the baseline's whole in the candidate's dtype, for "bit-equal"
+    truth: Tensor  # the float64 baseline's whole, as float64
+    noise: Tensor  # per row, float64: root mean square distance of the disturbed runs from truth
+    total: float  # the same for the whole tensor
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """(rows, n): what noise is measured by. A vector's rows are its elements: neighbours in it
+    (biases of q, k and v, the losses of the steps) need not be alike.
+    """
+    if tensor.numel() == 0:
+        return tensor.reshape(0, 1)
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.reshape(-1, 1)
+
+
+def measure(exact: Tensor, truth: Tensor, disturbed: list[Tensor]) -> Expected:
+    """`exact` and `disturbed` are in the working dtype, `truth` in float64; all of one shape."""
+    truth = truth.double()
+    unit = rounding(exact.dtype)
+    squares = [rows(other.double() - truth).square().sum(1) for other in disturbed]
+    # One rounding of the result itself, at the scale of the whole tensor: a row far smaller than
+    # the others was summed from terms of their size.
+    floor = unit * unit * rows(truth).square().sum(1).mean() if truth.numel() else 0.0
+    per_row = torch.stack(squares).mean(0) + floor
+    return Expected(exact, truth, per_row.sqrt(), per_row.sum().sqrt().item())
+
+
+def rounding(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).eps)
+
+
+@torch.no_grad()
+def nudge(tensor: Tensor, name: str, seed: int) -> None:
+    """Move every element of `tensor` by one rounding, up or down, in place; seed 0: not at all.
+
+    To be called by a baseline for each of its initial parameters, with the run's `nudge`.
+    """
+    if seed == 0:
+        return
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    stream = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    sign = torch.randint(0, 2, tensor.shape, generator=stream).to(tensor) * 2 - 1
+    tensor.mul_(1 + sign * rounding(tensor.dtype))

@@ -1,0 +1,205 @@
+"""Run a function on n fresh ranks of this host, and say what became of each.
+
+One fork server with torch loaded starts them (parity.warm), so a rank costs milliseconds, shares
+nothing with the rank before it, and a crash stays its own. The parent supervises: any rank's
+exception with the rank's name, the signal that ended one, and on the deadline each rank's Python
+stack. Whatever happens, no rank outlives the call; and should the parent itself be killed, the
+fork server ends and the kernel ends the ranks with it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import pickle
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from parity import rank as rank_side
+from parity.errors import RanksFailed
+
+# Seconds that the others get to fail by themselves, or to end, once one rank has failed: what they
+# say about it (a closed connection, a wrong size) belongs into the report.
+GRACE = 3.0
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where ranks run and how they talk: gloo between processes, or NCCL between GPUs."""
+
+    name: str = "gloo"
+    device: str = "cpu"
+    deadline: float = 300.0  # seconds for one launch
+
+
+@dataclass
+class _Rank:
+    number: int
+    process: ForkServerProcess
+    pipe: Connection
+    folder: Path
+    outcome: rank_side.Outcome | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.outcome is not None
+
+
+def launch(
+    function: Callable[..., Any], world: int, *args: Any, backend: Backend | None = None
+) -> list[Any]:
+    """Call `function(*args)` on every rank of a new group, and return what each rank returned.
+
+    The function must be importable, its result picklable. Inside it torch.distributed is
+    initialised, also for one rank. Raises RanksFailed unless every rank returned.
+    """
+    backend = backend or Backend()
+    with tempfile.TemporaryDirectory(prefix="parity-") as name:
+        ranks: list[_Rank] = []
+        try:
+            for number in range(world):
+                ranks.append(_start(number, world, Path(name), backend, function, args))
+            _supervise(ranks, time.monotonic() + backend.deadline)
+            if any(r.outcome is None or r.outcome.kind != "returned" for r in ranks):
+                raise _failure(ranks, backend)
+            return [pickle.loads(r.outcome.value) for r in ranks if r.outcome]  # noqa: S301
+        finally:
+            _end(ranks)
+
+
+def _start(
+    number: int,
+    world: int,
+    folder: Path,
+    backend: Backend,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> _Rank:
+    context = _context()
+    own = folder / f"rank{number}"
+    own.mkdir()
+    ours, theirs = context.Pipe(duplex=False)
+    seat = rank_side.Seat(
+        number, world, backend.name, backend.device, backend.deadline, str(folder), os.getpid()
+    )
+    process = context.Process(
+        target=rank_side.main, args=(theirs, seat, function, args), name=f"parity rank {number}"
+    )
+    process.start()
+    theirs.close()
+    return _Rank(number, process, ours, own)
+
+
+def _context() -> mp.context.ForkServerContext:
+    """The fork server is started by the first rank and serves all launches of this process."""
+    # Counting GPUs must not open CUDA before a fork: ask the driver's library instead.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["parity.warm"])
+    return context
+
+
+def _supervise(ranks: list[_Rank], deadline: float) -> None:
+    """Wait until all ranks are over, or one has failed and the grace is up, or the deadline."""
+    while any(not r.is_over for r in ranks):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            _interrupt(ranks)
+            return
+        waiting = {r.pipe: r for r in ranks if not r.is_over}
+        for pipe in wait(list(waiting), timeout=left):
+            current = waiting[pipe]  # type: ignore[index]
+            current.outcome = _receive(current)
+            if current.outcome.kind != "returned":
+                deadline = min(deadline, time.monotonic() + GRACE)
+
+
+def _receive(r: _Rank) -> rank_side.Outcome:
+    with suppress(EOFError, ConnectionError):
+        return rank_side.Outcome(*pickle.loads(r.pipe.recv_bytes()))  # noqa: S301
+    r.process.join(GRACE)
+    code = r.process.exitcode
+    how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else (
+        f"ended with exit code {code} and without a result"
+    )
+    return rank_side.Outcome("died", how, "", time.time())
+
+
+def _interrupt(ranks: list[_Rank]) -> None:
+    """Ask every rank that still runs for its Python stack."""
+    for r in ranks:
+        if not r.is_over and r.process.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(r.process.pid, rank_side.STACK_SIGNAL)
+    patience = time.monotonic() + 1.0
+    for r in ranks:
+        if not r.is_over:
+            stack = _read_stack(r.folder / rank_side.STACK, patience)
+            r.outcome = rank_side.Outcome("waiting", _where(stack), stack, time.time())
+
+
+def _read_stack(path: Path, patience: float) -> str:
+    """The dump is written by a signal handler of the rank: it comes at once, or not at all."""
+    text = ""
+    while not text and time.monotonic() < patience:
+        text = path.read_text() if path.exists() else ""
+        if not text:
+            time.sleep(0.01)
+    return text
+
+
+def _where(stack: str) -> str:
+    """The innermost frame of the user's own code, in words."""
+    frames = [line.strip() for line in stack.splitlines() if line.strip().startswith("File ")]
+    library = (f"{os.sep}torch{os.sep}", f"{os.sep}parity{os.sep}", "multiprocessing")
+    own = [frame for frame in frames if not any(part in frame for part in library)]
+    return f"was at {own[0][5:]}" if own else "was outside of the program's own code"
+
+
+def _failure(ranks: list[_Rank], backend: Backend) -> RanksFailed:
+    """Causes before consequences: a rank that raised of its own accord or died, by time; then what
+    only followed (a broken connection, a wait that never ended).
+    """
+    order = {"raised": 0, "died": 1, "lost": 2, "waiting": 3, "returned": 4}
+    outcomes = [(r, r.outcome) for r in ranks if r.outcome is not None]
+    outcomes.sort(key=lambda item: (order[item[1].kind], item[1].when, item[0].number))
+    if all(o.kind in ("waiting", "returned") for _, o in outcomes):
+        lines = [f"not done after {backend.deadline:g} s (the deadline):"]
+    else:
+        lines = []
+    guilty = outcomes[0][1].kind
+    for r, outcome in outcomes:
+        lines.append(f"rank {r.number} {outcome.summary}")
+        if outcome.kind in ("raised", "lost") and outcome.kind == guilty:
+            lines += [f"    {line}" for line in outcome.detail.rstrip().splitlines()]
+            lines += _tail_of_log(r)
+        elif outcome.kind == "died":
+            lines += _tail_of_log(r)
+        if outcome.kind == "raised":
+            guilty = "none"  # one traceback is enough: the first in time
+    blamed = tuple(r.number for r, o in outcomes if o.kind == outcomes[0][1].kind)
+    return RanksFailed("\n".join(lines), blamed)
+
+
+def _tail_of_log(r: _Rank, count: int = 10) -> list[str]:
+    log = r.folder / rank_side.LOG
+    lines = log.read_text(errors="replace").splitlines()[-count:] if log.exists() else []
+    return ["    it had printed:", *(f"      {line}" for line in lines)] if lines else []
+
+
+def _end(ranks: list[_Rank]) -> None:
+    for r in ranks:
+        if r.process.is_alive():
+            r.process.kill()
+    for r in ranks:
+        r.process.join()
+        r.pipe.close()
+        r.process.close()

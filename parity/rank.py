@@ -1,0 +1,118 @@
+"""The inside of one rank: take its seat in the group, call the function, report, leave.
+
+A rank reports bytes, never tensors: those would travel as file descriptors of a process that is
+about to end. And it leaves by os._exit: a rank that has failed would wait for the others in the
+teardown of a collective.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+STACK_SIGNAL = signal.SIGUSR1
+STACK, LOG = "stack.txt", "log.txt"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Seat(NamedTuple):
+    """Which rank this is, and of what."""
+
+    rank: int
+    world: int
+    backend: str
+    device: str
+    deadline: float
+    folder: str
+    parent: int
+
+
+class Outcome(NamedTuple):
+    """How a rank ended: `returned` (with its value pickled), `raised`, `lost` (it raised because
+    others went away), `died`, or `waiting` (at the deadline).
+    """
+
+    kind: str
+    summary: str
+    detail: str
+    when: float
+    value: bytes = b""
+
+
+def main(pipe: Connection, seat: Seat, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    _settle(seat)
+    try:
+        value = _call(seat, function, args)
+        outcome = Outcome("returned", "returned", "", time.time(), pickle.dumps(value))
+    except BaseException as error:  # whatever it is, the parent is told
+        outcome = _outcome_of(error)
+    pipe.send_bytes(pickle.dumps(tuple(outcome)))
+    _leave(0 if outcome.kind == "returned" else 1)
+
+
+def _settle(seat: Seat) -> None:
+    """Signals, output and scheduling, before any of the user's code runs."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends the ranks
+    own = Path(seat.folder) / f"rank{seat.rank}"
+    log = os.open(own / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.enable(file=sys.stderr)
+    faulthandler.register(STACK_SIGNAL, file=(own / STACK).open("w"), all_threads=True)
+    # One rank per core at most: ranks share the machine, and threads of theirs would fight for it.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if seat.device == "cpu" and hasattr(os, "SCHED_BATCH"):
+        # No preemption on wake-up: gloo's many small messages are four times as fast with it.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _call(seat: Seat, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    if seat.device == "cuda":
+        torch.cuda.set_device(seat.rank)
+    else:
+        torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(seat.folder) / "store"), seat.world)
+    dist.init_process_group(
+        seat.backend,
+        store=store,
+        rank=seat.rank,
+        world_size=seat.world,
+        timeout=timedelta(seconds=seat.deadline + 60),  # ours comes first, and says more
+    )
+    value = function(*args)
+    dist.destroy_process_group()
+    return value
+
+
+def _outcome_of(error: BaseException) -> Outcome:
+    import torch.distributed as dist
+
+    said = str(error).splitlines()[0] if str(error) else ""
+    lost = isinstance(error, dist.DistError) or any(
+        sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer")
+    )
+    summary = f"{'lost the others' if lost else 'raised'}: {type(error).__name__}: {said}"
+    detail = "".join(traceback.format_exception(error))
+    return Outcome("lost" if lost else "raised", summary, detail, time.time())
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,126 @@
+"""A trace is what one rank saw: named tensors in program order, each a box of some whole.
+
+Ranks write their traces to files (safetensors: no code runs when one is read), and the parent joins
+and judges them. No collective of the program under test takes part.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parity.errors import TraceError
+
+# The checks, in the order in which a training step makes what they compare.
+CHECKS = ("forward", "gradient", "norm", "state", "loss")
+
+
+class Key(NamedTuple):
+    """The name of a record: which check it belongs to, and which tensor it is."""
+
+    check: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.check} of {self.name}"
+
+
+class Box(NamedTuple):
+    """Where a piece lies: element 0 of it is at `offset` in a whole of `shape`."""
+
+    key: Key
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+
+class Piece(NamedTuple):
+    """A box of the whole that one rank holds."""
+
+    rank: int
+    offset: tuple[int, ...]
+    tensor: Tensor
+
+
+class Trace:
+    """The records of one rank. `add` copies, so the program may go on changing its tensors."""
+
+    def __init__(self) -> None:
+        self.boxes: list[Box] = []
+        self.tensors: list[Tensor] = []
+        self._shapes: dict[Key, tuple[int, ...]] = {}
+
+    def add(
+        self,
+        check: str,
+        name: str,
+        tensor: Tensor,
+        *,
+        shape: Sequence[int] | None = None,
+        offset: Sequence[int] | None = None,
+    ) -> None:
+        """Record `tensor` as the box at `offset` of a whole of `shape`; without them it is whole.
+
+        A piece of several boxes is added box by box. Raises TraceError for a box that does not lie
+        in its whole, or that gives the whole another shape than the boxes before it.
+        """
+        shape = tuple(tensor.shape if shape is None else shape)
+        offset = (0,) * len(shape) if offset is None else tuple(offset)
+        box = Box(Key(check, name), shape, offset)
+        _check(box, tuple(tensor.shape))
+        known = self._shapes.setdefault(box.key, shape)
+        if known != shape:
+            raise TraceError(f"{box.key}: its whole was {known} before, and is {shape} now")
+        self.boxes.append(box)
+        self.tensors.append(tensor.detach().to("cpu", copy=True).contiguous())
+
+    def save(self, path: Path) -> None:
+        tensors = {str(i): tensor for i, tensor in enumerate(self.tensors)}
+        save_file(tensors, path, metadata={"parity": json.dumps(self.boxes)})
+
+
+def _check(box: Box, size: tuple[int, ...]) -> None:
+    if box.key.check not in CHECKS:
+        raise TraceError(f"{box.key}: no such check (known: {', '.join(CHECKS)})")
+    if not len(size) == len(box.shape) == len(box.offset) or any(
+        start < 0 or start + length > end
+        for start, length, end in zip(box.offset, size, box.shape, strict=True)
+    ):
+        raise TraceError(
+            f"{box.key}: a box of {size} at {box.offset} does not lie in a whole of {box.shape}"
+        )
+
+
+class Recording:
+    """The saved traces of all ranks of one run; tensors are read when they are asked for."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """`paths` in order of the ranks."""
+        self._files = [safe_open(path, framework="pt") for path in paths]
+        self._where: dict[Key, list[tuple[int, Box, str]]] = {}
+        for rank, file in enumerate(self._files):
+            for i, ((check, name), shape, offset) in enumerate(
+                json.loads(file.metadata()["parity"])
+            ):
+                box = Box(Key(check, name), tuple(shape), tuple(offset))
+                self._where.setdefault(box.key, []).append((rank, box, str(i)))
+
+    @property
+    def keys(self) -> list[Key]:
+        """Every record, in the order of the ranks and of their programs."""
+        return list(self._where)
+
+    def shapes(self, key: Key) -> list[tuple[int, ...]]:
+        """The shape of the whole by each piece's word; they agree in a sound recording."""
+        return [box.shape for _, box, _ in self._where[key]]
+
+    def pieces(self, key: Key) -> list[Piece]:
+        return [
+            Piece(rank, box.offset, self._files[rank].get_tensor(name))
+            for rank, box, name in self._where[key]
+        ]

@@ -1,0 +1,13 @@
+"""Preloaded by the fork server: imports only. It must not compute (a thread pool does not survive
+a fork) and must not touch CUDA (a context does not either).
+"""
+
+import safetensors.torch
+import torch
+import torch._dynamo  # what the first optimizer of a process would import, in every rank
+import torch.distributed
+import torch.distributed.device_mesh
+
+__all__ = ["safetensors", "torch"]
+
+torch.set_num_threads(1)

@@ -1,0 +1,100 @@
+"""Pieces to the whole: gaps, overlaps and copies that disagree are findings, not crashes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import combinations
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parity.trace import Piece
+
+
+class Finding(NamedTuple):
+    """Something wrong with the pieces themselves; no baseline was needed to see it."""
+
+    status: str  # split, hole, overlap, shape
+    text: str
+
+
+class Whole(NamedTuple):
+    """The joined tensor (None where there is a hole or no shape), and what was seen on the way."""
+
+    tensor: Tensor | None
+    copies: int  # pieces beyond the first of their box, each compared bit by bit
+    findings: list[Finding]
+
+
+def join(pieces: list[Piece], shapes: list[tuple[int, ...]]) -> Whole:
+    """Put the pieces together; of several copies of a box the lowest rank's is taken."""
+    if len(set(shapes)) > 1:
+        said = ", ".join(
+            f"rank {p.rank} says {s}" for p, s in zip(pieces, shapes, strict=True)
+        )
+        return Whole(None, 0, [Finding("shape", f"ranks disagree about the shape: {said}")])
+    boxes: dict[tuple[tuple[int, ...], ...], list[Piece]] = {}
+    for piece in pieces:
+        boxes.setdefault((piece.offset, tuple(piece.tensor.shape)), []).append(piece)
+    firsts = [copies[0] for copies in boxes.values() if copies[0].tensor.numel()]
+    findings = [*_splits(boxes.values()), *_tiling(firsts, shapes[0])]
+    copies = len(pieces) - len(boxes)
+    if any(finding.status == "hole" for finding in findings):
+        return Whole(None, copies, findings)
+    if len(firsts) == 1:
+        return Whole(firsts[0].tensor, copies, findings)
+    whole = torch.empty(shapes[0], dtype=pieces[0].tensor.dtype)
+    for _, offset, tensor in firsts:
+        whole[_slices(offset, tensor)] = tensor
+    return Whole(whole, copies, findings)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit: NaN equals the same NaN, and 0.0 is not -0.0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _splits(boxes: Iterable[list[Piece]]) -> list[Finding]:
+    for first, *others in boxes:
+        for other in others:
+            if not same_bits(_vector(first.tensor), _vector(other.tensor)):
+                return [Finding("split", _split_text(first, other))]
+    return []
+
+
+def _vector(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1)
+
+
+def _split_text(a: Piece, b: Piece) -> str:
+    if a.tensor.dtype != b.tensor.dtype:
+        return f"ranks {a.rank} and {b.rank} hold it as {a.tensor.dtype} and {b.tensor.dtype}"
+    x, y = a.tensor.double(), b.tensor.double()
+    count = int((x != y).sum())
+    far = (x - y).abs().max().item()
+    return (
+        f"ranks {a.rank} and {b.rank} hold different copies "
+        f"({count} of {x.numel()} elements differ, by up to {far:.1e})"
+    )
+
+
+def _tiling(pieces: list[Piece], shape: tuple[int, ...]) -> list[Finding]:
+    for a, b in combinations(pieces, 2):
+        if all(
+            max(i, j) < min(i + m, j + n)
+            for i, m, j, n in zip(a.offset, a.tensor.shape, b.offset, b.tensor.shape, strict=True)
+        ):
+            text = f"the pieces of ranks {a.rank} and {b.rank} cover the same elements in part"
+            return [Finding("overlap", text)]
+    held = sum(piece.tensor.numel() for piece in pieces)
+    if held < prod(shape):
+        return [Finding("hole", f"{prod(shape) - held} of {prod(shape)} elements are on no rank")]
+    return []
+
+
+def _slices(offset: tuple[int, ...], tensor: Tensor) -> tuple[slice, ...]:
+    return tuple(slice(i, i + n) for i, n in zip(offset, tensor.shape, strict=True))

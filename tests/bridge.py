@@ -1,0 +1,240 @@
+"""The one file that knows both: makes heiretsu, and a plain GPT, targets of parity.
+
+The task is hard on purpose. Text is real; targets are masked unevenly, some microbatches and one dp
+rank of eight having none; every parameter has a generic value that each dtype holds exactly (zero
+biases and unit norms hide mistakes); the vocabulary is prime, the context longer than the
+sequences, gradients are clipped and cross several buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from heiretsu import PRESETS, Batch, Mesh, Topology, Trainer, data, problems
+from heiretsu import Run as Training
+from heiretsu.layers import layouts
+from heiretsu.rng import stream
+from parity import Case, Run, Trace, nudge
+from torch import Tensor, nn
+
+from tests.reference.plain_gpt import PlainGPT, adamw, mean_loss
+
+MAX_NORM, SGD_LR, LR, WEIGHT_DECAY = 0.5, 0.5, 2e-3, 0.1
+OPTIMIZERS = {"sgd": SGD_LR, "adamw": LR}
+
+
+@dataclass(frozen=True)
+class Task:
+    """The `options` of matrix.yaml."""
+
+    preset: str = "matrix"
+    tied: bool = True
+    data: str = "topics"
+    batch: int = 64
+    sequence: int = 16
+    micro_batches: int = 8
+
+    def training(self, case: Case, **rest: object) -> Training:
+        model = replace(PRESETS[self.preset], tied=self.tied)
+        return Training(
+            model=model,
+            topology=Topology(**case.axes),
+            batch=self.batch,
+            sequence=self.sequence,
+            microbatches=self.micro_batches,
+            max_norm=MAX_NORM,
+            weight_decay=WEIGHT_DECAY,
+            bucket_bytes=100_000,
+            **rest,  # type: ignore[arg-type]
+        )
+
+
+def objections(case: Case, options: Mapping[str, object]) -> list[str]:
+    """Why the model or the batch cannot be cut for this case; ValueError when options are wrong."""
+    unknown = set(options) - set(Task.__dataclass_fields__)
+    if unknown:
+        known = ", ".join(Task.__dataclass_fields__)
+        raise ValueError(f"options: {', '.join(sorted(unknown))} unknown (known: {known})")
+    task = Task(**options)  # type: ignore[arg-type]
+    if task.preset not in PRESETS:
+        raise ValueError(f"options: preset {task.preset} unknown (known: {', '.join(PRESETS)})")
+    corpus(task.data).check(PRESETS[task.preset].vocab, task.sequence)
+    return problems(task.training(case))
+
+
+@cache
+def corpus(source: str) -> data.Corpus:
+    return data.load(source)
+
+
+@cache
+def mesh_of(topology: Topology, rank: int, device: str) -> Mesh:
+    return Mesh(topology, rank, torch.device(device))
+
+
+def batches(task: Task, seed: int, steps: int) -> Iterator[Batch]:
+    """Text, with targets that are not scored: a sequence's end, of any length; and the first eighth
+    of all sequences, which is the whole share of dp rank 0 of 8, and of microbatch 0 of 8.
+    """
+    for step in range(steps):
+        tokens, targets = corpus(task.data).batch(seed, step, task.batch, task.sequence)
+        scored = torch.randint(
+            task.sequence + 1, (task.batch, 1), generator=stream(seed, "mask", step)
+        )
+        scored[: task.batch // 8] = 0
+        ends = torch.arange(task.sequence) >= scored
+        yield Batch(tokens, targets.masked_fill(ends, -100))
+
+
+def weights(task: Task, seed: int) -> dict[str, Tensor]:
+    """A generic value for every parameter of the plain model, exact in bfloat16; float64."""
+    values = {}
+    for name, parameter in plain_model(task).named_parameters():
+        noise = torch.randn(parameter.shape, generator=stream(seed, "weights", name))
+        if parameter.ndim == 1:
+            value = 0.2 * noise + float(".ln_" in f".{name}" and name.endswith("weight"))
+        elif name.startswith(("wte", "wpe")):
+            value = 0.2 * noise
+        else:
+            value = 0.8 * noise / parameter.shape[1] ** 0.5
+        values[name] = value.bfloat16().double()
+    return values
+
+
+def plain_model(task: Task) -> PlainGPT:
+    m = replace(PRESETS[task.preset], tied=task.tied)
+    return PlainGPT(m.vocab, m.context, m.d_model, m.heads, m.layers, m.tied)
+
+
+def plain(run: Run) -> Trace:
+    """The independent baseline: the whole batch at once on one device."""
+    task = Task(**run.options)  # type: ignore[arg-type]
+    trace = Trace()
+    losses, norms = [], []
+    for kind, steps in (("sgd", 1), ("adamw", run.steps)):
+        model = plain_model(task).to(run.device, getattr(torch, run.dtype))
+        load_plain(model, weights(task, run.seed), run.nudge)
+        sgd = torch.optim.SGD(model.parameters(), lr=SGD_LR)
+        optimizer = sgd if kind == "sgd" else adamw(model, LR, WEIGHT_DECAY)
+        for tokens, targets in batches(task, run.seed, steps):
+            optimizer.zero_grad()
+            logits = model(tokens.to(run.device))
+            loss = mean_loss(logits, targets.to(run.device))
+            loss.backward()
+            if kind == "sgd":
+                trace.add("forward", "logits", logits)
+                record_plain_gradients(trace, model)
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM))
+            losses.append(loss.detach())
+            optimizer.step()
+        record_plain_state(trace, kind, model, optimizer)
+    record_curves(trace, norms, losses)
+    return trace
+
+
+def load_plain(model: PlainGPT, values: dict[str, Tensor], seed: int) -> None:
+    model.load_state_dict(values)
+    for name, parameter in model.named_parameters():
+        nudge(parameter, name, seed)
+
+
+def record_plain_gradients(trace: Trace, model: PlainGPT) -> None:
+    for name, parameter in reversed(list(model.named_parameters())):
+        assert parameter.grad is not None
+        trace.add("gradient", name, parameter.grad)
+
+
+def record_plain_state(
+    trace: Trace, kind: str, model: PlainGPT, optimizer: torch.optim.Optimizer
+) -> None:
+    for name, parameter in model.named_parameters():
+        for part, tensor in state_of(optimizer, parameter):
+            trace.add("state", f"{kind} {part}{name}", tensor)
+
+
+def state_of(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter
+) -> Iterator[tuple[str, Tensor]]:
+    """Moments before the parameter: it is made from them."""
+    state = optimizer.state.get(parameter, {})
+    for part in ("exp_avg", "exp_avg_sq"):
+        if part in state:
+            yield f"{part} of ", state[part]
+    yield "", parameter
+
+
+def record_curves(trace: Trace, norms: list[Tensor], losses: list[Tensor]) -> None:
+    """One vector each over all steps: the SGD step, then those of AdamW."""
+    trace.add("norm", "the gradient by step", torch.stack(norms))
+    trace.add("loss", "the batch by step", torch.stack(losses))
+
+
+def candidate(run: Run) -> Trace:
+    """heiretsu, on every rank of its topology."""
+    task = Task(**run.options)  # type: ignore[arg-type]
+    training = task.training(run.case, dtype=run.dtype, seed=run.seed, **run.variant)
+    mesh = mesh_of(training.topology, run.rank, run.device)
+    trace = Trace()
+    losses, norms = [], []
+    for kind, steps in (("sgd", 1), ("adamw", run.steps)):
+        trainer = Trainer(replace(training, optimizer=kind, lr=OPTIMIZERS[kind]), mesh)
+        load(trainer, weights(task, run.seed), run.nudge)
+        for batch in batches(task, run.seed, steps):
+            logits: list[Tensor] = []
+            hook = trainer.model.register_forward_hook(
+                lambda _, __, out, logits=logits: logits.append(out.detach())
+            )
+            losses.append(trainer.gradients(batch))
+            hook.remove()
+            if kind == "sgd":
+                record_logits(trace, trainer, logits)
+                record_gradients(trace, trainer)
+            norms.append(trainer.update())
+        record_state(trace, kind, trainer)
+    record_curves(trace, norms, losses)
+    return trace
+
+
+def load(trainer: Trainer, values: dict[str, Tensor], seed: int) -> None:
+    mesh = trainer.mesh
+    with torch.no_grad():
+        for name, parameter, layout in layouts(trainer.model):
+            whole = values[name].to(parameter.dtype)
+            nudge(whole, name, seed)
+            parameter.copy_(layout.take(whole, mesh.size("tp"), mesh.at.tp))
+
+
+def record_logits(trace: Trace, trainer: Trainer, logits: list[Tensor]) -> None:
+    """The last stage's microbatches are this dp rank's rows, and this tp rank's columns."""
+    from heiretsu.layout import Cut, Layout, share
+
+    mesh, run = trainer.mesh, trainer.run
+    if not mesh.is_last_stage:
+        return
+    shape = (run.batch, run.sequence, run.model.vocab)
+    row, _ = share(run.batch, mesh.size("dp"), mesh.at.dp)
+    (_, column, _) = Layout(shape, Cut("tp", 2)).spans(mesh.size("tp"), mesh.at.tp)[0]
+    trace.add("forward", "logits", torch.cat(logits), shape=shape, offset=(row, 0, column))
+
+
+def record_gradients(trace: Trace, trainer: Trainer) -> None:
+    for name, parameter, layout in reversed(list(layouts(trainer.model))):
+        assert parameter.grad is not None
+        add(trace, trainer.mesh, "gradient", name, parameter.grad, layout)
+
+
+def record_state(trace: Trace, kind: str, trainer: Trainer) -> None:
+    for name, parameter, layout in layouts(trainer.model):
+        for part, tensor in state_of(trainer.optimizer, parameter):
+            add(trace, trainer.mesh, "state", f"{kind} {part}{name}", tensor, layout)
+
+
+def add(trace: Trace, mesh: Mesh, check: str, name: str, local: Tensor, layout: object) -> None:
+    from heiretsu.layout import Layout
+
+    assert isinstance(layout, Layout)
+    for offset, box in layout.place(local, mesh.size("tp"), mesh.at.tp):
+        trace.add(check, name, box, shape=layout.shape, offset=offset)
