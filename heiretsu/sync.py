@@ -1,11 +1,17 @@
 """Between backward and step: what ranks owe each other so that all hold the gradient of one loss.
 
-1. `sum_tied`      the tied embedding was used on the first and on the last stage: add both parts;
-2. `average`       add the gradients of the dp ranks, in flat buckets. Each rank divided its loss by
+1. `average`       add the gradients of the dp ranks, in flat buckets. Each rank divided its loss by
                    the number of valid tokens in the whole batch, so the sum is the average that is
                    wanted, however unevenly the tokens are spread;
+2. `sum_tied`      the tied embedding was used on the first and on the last stage: add both parts;
 3. `global_norm`   the norm of the whole gradient, each element counted once;
 4. `clip`          scale by it.
+
+Copies must stay equal to the bit, or they drift apart. An all-reduce adds in an order that depends
+on where an element lies in the buffer, so two groups that reduce the same copies must reduce them
+in equal buffers. Hence parameters that are whole on every tp rank have buckets of their own (cut
+ones need not be equally large on all tp ranks), and the tied embedding is added up after the
+average, when each end holds one finished term.
 """
 
 from __future__ import annotations
@@ -27,8 +33,39 @@ def gradients(model: GPT) -> list[Tensor]:
     return [grad for grad in grads if grad is not None]
 
 
+def average(model: GPT, bucket_bytes: int) -> None:
+    if model.mesh.size("dp") == 1:
+        return
+    for bucket in buckets(model, bucket_bytes):
+        flat = all_sum(torch.cat([grad.flatten() for grad in bucket]), model.mesh, "dp")
+        sizes = [grad.numel() for grad in bucket]
+        for grad, part in zip(bucket, flat.split(sizes), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def buckets(model: GPT, limit: int) -> Iterator[list[Tensor]]:
+    """Runs of gradients of up to `limit` bytes; a larger one goes alone. Last layers first: their
+    gradients are ready first.
+    """
+    named = list(layouts(model))
+    for is_cut in (False, True):
+        grads = [p.grad for _, p, layout in named if (layout.cut is not None) == is_cut]
+        yield from _packed([grad for grad in reversed(grads) if grad is not None], limit)
+
+
+def _packed(grads: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    pack: list[Tensor] = []
+    for grad in grads:
+        if pack and sum(g.nbytes for g in pack) + grad.nbytes > limit:
+            yield pack
+            pack = []
+        pack.append(grad)
+    if pack:
+        yield pack
+
+
 def sum_tied(model: GPT) -> None:
-    """Both ends of the pipeline add the same two terms, and addition commutes: equal bits."""
+    """Both ends of the pipeline add the same two terms, and addition commutes."""
     mesh = model.mesh
     is_end = mesh.is_first_stage or mesh.is_last_stage
     if not model.config.tied or mesh.size("pp") == 1 or not is_end:
@@ -40,32 +77,6 @@ def sum_tied(model: GPT) -> None:
     link.send(grad.clone(), other)
     grad += link.receive(tuple(grad.shape), grad.dtype, other)
     link.flush()
-
-
-def average(model: GPT, bucket_bytes: int) -> None:
-    if model.mesh.size("dp") == 1:
-        return
-    for bucket in buckets(gradients(model), bucket_bytes):
-        flat = all_sum(torch.cat([grad.flatten() for grad in bucket]), model.mesh, "dp")
-        sizes = [grad.numel() for grad in bucket]
-        for grad, part in zip(bucket, flat.split(sizes), strict=True):
-            grad.copy_(part.view_as(grad))
-
-
-def buckets(grads: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
-    """Runs of gradients of up to `limit` bytes; a larger one goes alone. Last layers first: their
-    gradients are ready first.
-    """
-    bucket: list[Tensor] = []
-    held = 0
-    for grad in reversed(grads):
-        if bucket and held + grad.nbytes > limit:
-            yield bucket
-            bucket, held = [], 0
-        bucket.append(grad)
-        held += grad.nbytes
-    if bucket:
-        yield bucket
 
 
 def global_norm(model: GPT) -> Tensor:

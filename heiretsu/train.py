@@ -57,8 +57,8 @@ class Trainer:
         ]
         loss_of = self._loss_of(microbatches)
         losses = Executor(self.model, [mb.tokens for mb in microbatches], loss_of).run(self.actions)
-        sum_tied(self.model)
         average(self.model, self.run.bucket_bytes)
+        sum_tied(self.model)
         return self._global_loss(losses)
 
     def update(self) -> Tensor:

@@ -23,7 +23,7 @@ GOOD = ("exact", "ok")
 
 
 class Override(NamedTuple):
-    """A bound by the user's word: the relative error that a record may have. Shown in the report."""
+    """A bound by the user's word: the relative error a record may have. The report shows it."""
 
     pattern: str  # "check" or "check/name", with * as in fnmatch
     bound: float
@@ -120,8 +120,8 @@ def natural_scale(expected: Expected) -> float:
     rounding (a gradient that cancels to zero), the size of what was summed: noise per rounding.
     """
     norm = expected.truth.square().sum().sqrt().item()
-    return norm if norm > ALLOWED * expected.total else expected.total / rounding(
-        expected.exact.dtype
+    return (
+        norm if norm > ALLOWED * expected.total else expected.total / rounding(expected.exact.dtype)
     )
 
 

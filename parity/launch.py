@@ -127,8 +127,10 @@ def _receive(r: _Rank) -> rank_side.Outcome:
         return rank_side.Outcome(*pickle.loads(r.pipe.recv_bytes()))  # noqa: S301
     r.process.join(GRACE)
     code = r.process.exitcode
-    how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else (
-        f"ended with exit code {code} and without a result"
+    how = (
+        f"was killed by {signal.Signals(-code).name}"
+        if code is not None and code < 0
+        else (f"ended with exit code {code} and without a result")
     )
     return rank_side.Outcome("died", how, "", time.time())
 

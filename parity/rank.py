@@ -87,7 +87,9 @@ def _call(seat: Seat, function: Callable[..., Any], args: tuple[Any, ...]) -> An
         torch.cuda.set_device(seat.rank)
     else:
         torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(seat.folder) / "store"), seat.world)
+    store = dist.FileStore(  # type: ignore[attr-defined]
+        str(Path(seat.folder) / "store"), seat.world
+    )
     dist.init_process_group(
         seat.backend,
         store=store,

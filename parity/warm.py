@@ -8,6 +8,4 @@ import torch._dynamo  # what the first optimizer of a process would import, in e
 import torch.distributed
 import torch.distributed.device_mesh
 
-__all__ = ["safetensors", "torch"]
-
 torch.set_num_threads(1)

@@ -31,9 +31,7 @@ class Whole(NamedTuple):
 def join(pieces: list[Piece], shapes: list[tuple[int, ...]]) -> Whole:
     """Put the pieces together; of several copies of a box the lowest rank's is taken."""
     if len(set(shapes)) > 1:
-        said = ", ".join(
-            f"rank {p.rank} says {s}" for p, s in zip(pieces, shapes, strict=True)
-        )
+        said = ", ".join(f"rank {p.rank} says {s}" for p, s in zip(pieces, shapes, strict=True))
         return Whole(None, 0, [Finding("shape", f"ranks disagree about the shape: {said}")])
     boxes: dict[tuple[tuple[int, ...], ...], list[Piece]] = {}
     for piece in pieces:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+from torch import Tensor, nn
+
 from heiretsu import PRESETS, Batch, Mesh, Topology, Trainer, data, problems
 from heiretsu import Run as Training
 from heiretsu.layers import layouts
 from heiretsu.rng import stream
 from parity import Case, Run, Trace, nudge
-from torch import Tensor, nn
-
 from tests.reference.plain_gpt import PlainGPT, adamw, mean_loss
 
 MAX_NORM, SGD_LR, LR, WEIGHT_DECAY = 0.5, 0.5, 2e-3, 0.1

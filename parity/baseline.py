@@ -1,0 +1,128 @@
+"""What candidates are held against: each baseline is run once per dtype, and kept.
+
+The first one is run again under disturbances of one rounding (bounds.py): how far it moves is the
+noise that all comparisons are measured by, those with other baselines too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from torch import Tensor
+
+from parity.bounds import NUDGES, Expected, measure
+from parity.case import Case, Run
+from parity.errors import ParityError, RanksFailed, TraceError
+from parity.judge import LOGIC
+from parity.plan import Baseline, Plan
+from parity.record import record
+from parity.trace import Key, Recording
+from parity.whole import join, same_bits
+
+Wholes = dict[Key, Tensor]
+
+
+class BaselineFailed(ParityError):
+    """Without its baselines a matrix cannot be judged."""
+
+
+class Baselines:
+    """The expectations of a plan. Cases with options of their own have baselines of their own."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._expected: dict[tuple[str, str, str], dict[Key, Expected]] = {}
+
+    def is_ready(self, case: Case) -> bool:
+        first = self.plan.baselines[0].name
+        return (first, self.plan.dtypes[0], _options_id(case)) in self._expected
+
+    def expected(self, baseline: Baseline, dtype: str, case: Case) -> dict[Key, Expected]:
+        return self._expected[baseline.name, dtype, _options_id(case)]
+
+    def prepare(self, case: Case) -> None:
+        """Run the baselines for the options of this case. Raises BaselineFailed or TraceError."""
+        if self.is_ready(case):
+            return
+        first, *others = self.plan.baselines
+        wholes = {first.name: self._run(first, case, range(NUDGES + 1))}
+        for baseline in others:
+            wholes[baseline.name] = self._run(baseline, case, range(1))
+        _check(wholes)
+        disturbed = wholes[first.name]
+        for name, own in wholes.items():
+            for dtype in self.plan.dtypes:
+                self._expected[name, dtype, _options_id(case)] = {
+                    key: measure(
+                        exact,
+                        own[LOGIC, 0][key],
+                        [disturbed[dtype, n][key] for n in range(1, NUDGES + 1)],
+                    )
+                    for key, exact in own[dtype, 0].items()
+                }
+
+    def _run(
+        self, baseline: Baseline, case: Case, nudges: Sequence[int]
+    ) -> dict[tuple[str, int], Wholes]:
+        """The wholes by (dtype, nudge). The truth, in float64, is needed whatever is judged."""
+        where = replace(baseline.case, options=case.options)
+        dtypes = dict.fromkeys([LOGIC, *self.plan.dtypes])
+        keys = [(dtype, nudge) for dtype in dtypes for nudge in nudges]
+        runs = [
+            replace(self.plan.run(where, dtype, self.plan.first_variant), nudge=nudge)
+            for dtype, nudge in keys
+        ]
+        try:
+            return dict(zip(keys, self._wholes(baseline, runs), strict=True))
+        except RanksFailed as error:
+            text = f"the baseline '{baseline.name}' could not be run"
+            raise BaselineFailed(f"{text}\n{error}") from error
+
+    def _wholes(self, baseline: Baseline, runs: list[Run]) -> list[Wholes]:
+        """On CPU, runs of one rank go side by side, as many as there are cores."""
+        alone = self.plan.backend.device == "cpu" and baseline.case.world == 1
+        lanes = min(len(runs), os.cpu_count() or 1) if alone else 1
+
+        def lane(index: int) -> list[Wholes]:
+            with record(baseline.target, runs[index::lanes], self.plan.backend) as recordings:
+                return [_sound(baseline.name, recording) for recording in recordings]
+
+        with ThreadPoolExecutor(lanes) as pool:
+            parts = list(pool.map(lane, range(lanes)))
+        return [parts[i % lanes][i // lanes] for i in range(len(runs))]
+
+
+def _sound(name: str, recording: Recording) -> Wholes:
+    """The records of a baseline. It is the yardstick: pieces that do not join are an error."""
+    wholes = {}
+    for key in recording.keys:
+        whole = join(recording.pieces(key), recording.shapes(key))
+        if whole.tensor is None or whole.findings:
+            raise TraceError(f"the baseline '{name}', {key}: {whole.findings[0].text}")
+        wholes[key] = whole.tensor.clone()
+    if not wholes:
+        raise TraceError(f"the baseline '{name}' recorded nothing, so nothing can be compared")
+    return wholes
+
+
+def _check(wholes: dict[str, dict[tuple[str, int], Wholes]]) -> None:
+    """Baselines record the same tensors, and the first of them heeds its disturbances."""
+    (first, runs), *others = wholes.items()
+    start, *rest = runs.items()
+    for (dtype, nudge), other in rest:
+        if dtype == start[0][0] and all(same_bits(other[key], start[1][key]) for key in other):
+            raise TraceError(
+                f"the baseline '{first}' gives the same bits under nudge {nudge} as without: call "
+                "parity.nudge(parameter, name, run.nudge) for each of its initial parameters"
+            )
+    for name, own in others:
+        for key in start[1].keys() ^ own[start[0]].keys():
+            by, without = (first, name) if key in start[1] else (name, first)
+            raise TraceError(f"{key} is recorded by the baseline '{by}' and not by '{without}'")
+
+
+def _options_id(case: Case) -> str:
+    return repr(sorted(case.options.items()))

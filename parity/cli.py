@@ -1,0 +1,171 @@
+"""The command line: a thin door. It parses, builds a Plan, runs it, prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from parity.errors import PASSED, USAGE, ParityError, UsageError
+
+if TYPE_CHECKING:
+    from parity.matrix import Skip
+    from parity.plan import Plan, Wish
+    from parity.report import Report
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+EXIT_CODES = (
+    "exit status: 0 every case passed; 1 a case differs from its baseline; 2 a mistake in the "
+    "command or the matrix; 3 a case could not be run, and none differs"
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="parity",
+        description="Is the parallel program the same function as the one-device program?",
+        epilog=EXIT_CODES,
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run a matrix and judge every case", epilog=EXIT_CODES)
+    listing = commands.add_parser("list", help="print the cases of a matrix, and what is skipped")
+    for command in (run, listing):
+        _add_choice(command)
+    _add_how(run)
+    return top
+
+
+def _add_choice(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("matrix", nargs="?", default="matrix.yaml", type=Path, help="default: matrix.yaml")
+    add("--case", action="append", default=[], metavar="ID", help="as in dp2-tp2-pp1, or with *")
+    add("--max-world", type=_positive, metavar="N", help="no case with more ranks than this")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change an option")
+
+
+def _add_how(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--dtype", action="append", metavar="DTYPE", help="instead of the matrix's; repeatable")
+    add("--steps", type=_positive, metavar="N", help="training steps per run")
+    add("--thresh", type=float, metavar="X", help="allow a relative error of X everywhere")
+    add("--deadline", type=float, metavar="S", help="seconds that a case may take")
+    add("--json", type=Path, metavar="FILE", help="write the report there too")
+    add("--fail-fast", action="store_true", help="stop after the first case that did not pass")
+    add("-v", "--verbose", action="store_true", help="print every tensor that is wrong")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _run(args) if args.command == "run" else _list(args)
+    except ParityError as error:
+        for line in str(error).splitlines():
+            print(f"parity: {line}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("parity: interrupted; all ranks are ended", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _terminate(*_: object) -> None:
+    """SIGTERM as Ctrl-C, so that ranks are ended and folders removed on the way out."""
+    raise KeyboardInterrupt
+
+
+def _wish(args: argparse.Namespace) -> Wish:
+    from parity.plan import Wish
+
+    given = vars(args)
+    return Wish(
+        cases=args.case,
+        max_world=args.max_world,
+        device=args.device,
+        settings=args.set,
+        dtypes=given.get("dtype") or (),
+        steps=given.get("steps"),
+        thresh=given.get("thresh"),
+        deadline=given.get("deadline"),
+    )
+
+
+def _list(args: argparse.Namespace) -> int:
+    from parity.plan import prepare
+
+    plan, skipped = prepare(args.matrix, _wish(args))
+    cases = plan.cases
+    for case in cases:
+        print(f"{case.id:<16} {case.world} ranks" if case.world > 1 else f"{case.id:<16} 1 rank")
+    for skip in skipped:
+        print(f"{skip.case.id:<16} skipped: {skip.reason}")
+    print(f"{len(cases)} cases, {len(skipped)} skipped")
+    return PASSED if cases else USAGE
+
+
+def _run(args: argparse.Namespace) -> int:
+    from parity import report as reports
+    from parity.plan import prepare
+
+    plan, skipped = prepare(args.matrix, _wish(args))
+    if not plan.cases:
+        raise UsageError(
+            "nothing to run: every case is skipped",
+            *(f"{skip.case.id}: {skip.reason}" for skip in skipped),
+        )
+    done = _execute(plan, args, skipped)
+    print(f"\n{reports.text(done, verbose=args.verbose)}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(reports.as_json(done), indent=1) + "\n")
+    return done.exit_code
+
+
+def _execute(plan: Plan, args: argparse.Namespace, skipped: Sequence[Skip]) -> Report:
+    from parity.report import Report, one_line
+    from parity.run import Result, Session
+
+    start = time.perf_counter()
+    session, results = Session(plan), list[Result]()
+    progress, baseline_seconds = Progress(len(plan.cases)), 0.0
+    for case in plan.cases:
+        progress.show("the baselines" if not session.baselines.is_ready(case) else case.id)
+        before = time.perf_counter()
+        session.baselines.prepare(case)
+        baseline_seconds += time.perf_counter() - before
+        progress.show(case.id)
+        results.append(session.result(case))
+        progress.line(one_line(results[-1]))
+        if args.fail_fast and results[-1].status != "pass":
+            break
+    seconds = time.perf_counter() - start
+    again = f"parity run {args.matrix}"
+    return Report(plan, again, results, skipped, seconds, baseline_seconds)
+
+
+class Progress:
+    """On a terminal a line that is written over; elsewhere only a line per finished case."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.live = sys.stdout.isatty()
+
+    def show(self, what: str) -> None:
+        if self.live:
+            print(f"\r\033[K[{self.done}/{self.total}] {what} ...", end="", flush=True)
+
+    def line(self, text: str) -> None:
+        self.done += 1
+        print(f"\r\033[K{text}" if self.live else text, flush=True)

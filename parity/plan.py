@@ -1,0 +1,233 @@
+"""A matrix and a user's wishes to a plan: everything decided and checked before a rank starts."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parity import matrix as matrices
+from parity.case import Case, Run, Scalar, parse_axes
+from parity.errors import UsageError
+from parity.judge import Override
+from parity.launch import Backend
+from parity.matrix import DTYPES, Matrix, Skip
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What candidates are held against: a target of its own on one rank, or a case of theirs."""
+
+    name: str
+    target: str
+    case: Case
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a matrix decides, checked and expanded: what a session needs, and no more."""
+
+    target: str
+    baselines: Sequence[Baseline]
+    cases: Sequence[Case]
+    dtypes: Sequence[str]
+    variants: Mapping[str, Sequence[Scalar]]
+    options: Mapping[str, Scalar]
+    steps: int
+    seed: int = 0
+    overrides: Sequence[Override] = ()
+    backend: Backend = field(default_factory=Backend)
+
+    def runs(self, case: Case) -> list[Run]:
+        """A case is computed once per dtype and combination of variants."""
+        keys = list(self.variants)
+        return [
+            self.run(case, dtype, dict(zip(keys, values, strict=True)))
+            for dtype in self.dtypes
+            for values in product(*self.variants.values())
+        ]
+
+    def run(self, case: Case, dtype: str, variant: Mapping[str, Scalar]) -> Run:
+        options = {**self.options, **case.options}
+        return Run(case, dtype, self.steps, self.seed, variant, options)
+
+    @property
+    def first_variant(self) -> dict[str, Scalar]:
+        return {key: values[0] for key, values in self.variants.items()}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user asks for beyond what the matrix says; None and empty leave the matrix's word."""
+
+    cases: Sequence[str] = ()
+    max_world: int | None = None
+    device: str = "auto"
+    settings: Sequence[str] = ()
+    dtypes: Sequence[str] = ()
+    steps: int | None = None
+    thresh: float | None = None
+    deadline: float | None = None
+
+
+def prepare(path: Path, wish: Wish) -> tuple[Plan, list[Skip]]:
+    """The plan, and what is skipped; raises UsageError with all that is wrong."""
+    # Targets are imported from where the matrix lies: `tests.bridge` is beside it.
+    sys.path.insert(0, str(path.resolve().parent))
+    matrix = matrices.load(path)
+    device, room = _room(wish, matrix)
+    options = {**matrix.options, **_settings(wish.settings, matrix)}
+    every = matrices.combinations(matrix, room)
+    skipped = list(matrices.skips(every, room, _objections(matrix, options)))
+    chosen = _chosen(wish.cases, every, skipped)
+    out = [skip.case for skip in skipped]
+    cases = [case for case in chosen if case not in out]
+    plan = _plan(wish, matrix, device, options, cases)
+    resolve(plan.target)
+    return plan, [skip for skip in skipped if skip.case in chosen]
+
+
+def resolve(path: str) -> Callable[..., Any]:
+    """`package.module:function` to the function; raises UsageError when there is none."""
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{path}: {error} (write it as package.module:function)") from error
+    if not callable(found):
+        raise UsageError(f"{path}: is no function")
+    return found
+
+
+def _room(wish: Wish, matrix: Matrix) -> tuple[str, int]:
+    """The device, and how many ranks fit: the visible GPUs, or as many processes as were asked."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    gpus = torch.cuda.device_count()
+    if wish.device == "cuda" and not gpus:
+        raise UsageError("--device cuda: no GPU is visible; use --device cpu")
+    wanted = wish.max_world or matrix.max_world
+    if wish.device == "cpu" or not gpus:
+        return "cpu", wanted
+    if wish.max_world and wish.max_world > gpus:
+        raise UsageError(
+            f"--max-world {wish.max_world}: {gpus} GPUs are visible; use --max-world {gpus}, "
+            "or --device cpu"
+        )
+    return "cuda", min(gpus, wanted)
+
+
+def _settings(texts: Sequence[str], matrix: Matrix) -> dict[str, Scalar]:
+    """--set key=value, the value read as the type that the matrix gives the key."""
+    settings: dict[str, Scalar] = {}
+    wrong = []
+    for text in texts:
+        key, equals, value = text.partition("=")
+        known = matrix.options.get(key)
+        if not equals or known is None:
+            names = ", ".join(matrix.options)
+            wrong.append(f"--set {text}: write it as KEY=VALUE, with a key of: {names}")
+            continue
+        try:
+            words = {"true": True, "false": False}
+            settings[key] = words[value] if isinstance(known, bool) else type(known)(value)
+        except (KeyError, ValueError):
+            wrong.append(f"--set {text}: expected a {type(known).__name__} such as {known}")
+    if wrong:
+        raise UsageError(*wrong)
+    return settings
+
+
+def _objections(matrix: Matrix, options: dict[str, Scalar]) -> Callable[[Case], Sequence[str]]:
+    ask = resolve(matrix.objections) if matrix.objections else lambda case, options: []
+
+    def objections(case: Case) -> Sequence[str]:
+        try:
+            return ask(case, {**options, **case.options})
+        except (ValueError, TypeError) as error:
+            raise UsageError(str(error)) from error
+
+    return objections
+
+
+def _chosen(patterns: Sequence[str], cases: list[Case], skipped: list[Skip]) -> list[Case]:
+    """The cases that match any pattern. One that names nothing, or only what is skipped, is the
+    user's mistake: silence would look like success.
+    """
+    if not patterns:
+        return cases
+    wrong, reasons = [], {skip.case.id: skip.reason for skip in skipped}
+    for pattern in patterns:
+        ids = [case.id for case in cases if fnmatchcase(case.id, pattern)]
+        if not ids:
+            wrong.append(f"--case {pattern}: {_why_unknown(pattern, cases)}")
+        elif all(name in reasons for name in ids):
+            wrong += [f"--case {name}: {reasons[name]}" for name in ids]
+    if wrong:
+        raise UsageError(*wrong)
+    return [case for case in cases if any(fnmatchcase(case.id, p) for p in patterns)]
+
+
+def _why_unknown(pattern: str, cases: Sequence[Case]) -> str:
+    largest = max((case.world for case in cases), default=0)
+    try:
+        world = Case(parse_axes(pattern)).world
+    except ValueError:
+        world = 0
+    if world > largest:
+        return f"it has {world} ranks, and there is room for {largest} (--max-world)"
+    near = get_close_matches(pattern, [case.id for case in cases], n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"no such case (parity list shows them){hint}"
+
+
+def _plan(
+    wish: Wish,
+    matrix: Matrix,
+    device: str,
+    options: dict[str, Scalar],
+    cases: Sequence[Case],
+) -> Plan:
+    overrides = [Override(o.tensor, o.bound, o.reason) for o in matrix.overrides]
+    if wish.thresh is not None:
+        overrides.insert(0, Override("*", wish.thresh, "--thresh, set by the user"))
+    deadline = wish.deadline or matrix.deadline
+    return Plan(
+        target=matrix.target,
+        baselines=_baselines(matrix),
+        cases=cases,
+        dtypes=_dtypes(wish.dtypes or matrix.dtypes),
+        variants=matrix.variants,
+        options=options,
+        steps=wish.steps or matrix.steps,
+        seed=matrix.seed,
+        overrides=overrides,
+        backend=Backend("nccl" if device == "cuda" else "gloo", device, deadline),
+    )
+
+
+def _baselines(matrix: Matrix) -> list[Baseline]:
+    one = Case(dict.fromkeys(matrix.axes, 1))
+    return [
+        Baseline(name, entry, one)
+        if isinstance(entry, str)
+        else Baseline(name, matrix.target, Case(parse_axes(entry.case)))
+        for name, entry in matrix.baselines.items()
+    ]
+
+
+def _dtypes(names: Sequence[str]) -> list[str]:
+    unknown = [name for name in names if name not in DTYPES]
+    if unknown:
+        raise UsageError(
+            *(f"--dtype {name}: unknown (known: {', '.join(DTYPES)})" for name in unknown)
+        )
+    return list(dict.fromkeys(names))

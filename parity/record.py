@@ -1,0 +1,44 @@
+"""A target called on fresh ranks, run after run; what each rank traced comes back as files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from parity.case import Run
+from parity.errors import TraceError
+from parity.launch import Backend, launch
+from parity.plan import resolve
+from parity.trace import Recording, Trace
+
+
+@contextmanager
+def record(target: str, runs: Sequence[Run], backend: Backend) -> Iterator[list[Recording]]:
+    """One launch for all `runs` of a case: a recording per run, readable inside the context."""
+    world = runs[0].case.world
+    with TemporaryDirectory(prefix="parity-") as folder:
+        launch(trace_on_rank, world, target, list(runs), folder, backend=backend)
+        yield [
+            Recording([_file(folder, i, rank) for rank in range(world)]) for i in range(len(runs))
+        ]
+
+
+def trace_on_rank(target: str, runs: Sequence[Run], folder: str) -> None:
+    """Runs on every rank: call the target once per run, and leave its traces in `folder`."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+    device = f"cuda:{rank}" if dist.get_backend() == "nccl" else "cpu"
+    function = resolve(target)
+    for i, run in enumerate(runs):
+        trace = function(replace(run, rank=rank, device=device))
+        if not isinstance(trace, Trace):
+            raise TraceError(f"{target} returned {type(trace).__name__}, not a parity.Trace")
+        trace.save(_file(folder, i, rank))
+
+
+def _file(folder: str, run: int, rank: int) -> Path:
+    return Path(folder) / f"run{run}-rank{rank}.safetensors"

@@ -1,0 +1,311 @@
+"""Results to text and JSON: pure functions, so that every word of them can be pinned by a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+
+from parity.case import Case
+from parity.errors import COULD_NOT_RUN, PARITY_FAILURE, PASSED, USAGE
+from parity.judge import LOGIC, Verdict
+from parity.matrix import Skip
+from parity.plan import Plan
+from parity.run import Judged, Result
+from parity.trace import CHECKS
+
+SCHEMA = 1  # of the JSON report: raised when a reader of the old one would misread the new one
+PIECES = ("split", "hole", "overlap")
+
+
+class Cell(NamedTuple):
+    """One check of one case: the worst over its tensors, variants and baselines."""
+
+    error: float | None  # float64: relative; None where the check was not made
+    allowed: float | None  # the largest bound in force: any larger error would have been flagged
+    rho: float | None  # working dtype: in units of the baseline's own rounding
+    worst: Verdict | None
+    bad: int
+    tensors: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a run of a matrix found."""
+
+    plan: Plan
+    command: str  # what to type to run the matrix again, without --case
+    results: Sequence[Result]
+    skipped: Sequence[Skip]
+    seconds: float
+    baseline_seconds: float
+
+    @property
+    def compared(self) -> tuple[int, int]:
+        """(tensors, elements), each counted once per run and baseline that it was held against."""
+        verdicts = [v for r in self.results for j in r.judged for v in j.verdicts]
+        return sum(v.elements > 0 for v in verdicts), sum(v.elements for v in verdicts)
+
+    @property
+    def exit_code(self) -> int:
+        """A wrong result outranks one that could not be had; and nothing compared is no success."""
+        statuses = {result.status for result in self.results}
+        if "fail" in statuses:
+            return PARITY_FAILURE
+        if "error" in statuses:
+            return COULD_NOT_RUN
+        return PASSED if self.compared[0] else USAGE
+
+
+def cell(judged: Iterable[Judged], check: str) -> Cell:
+    rows = [(j, v) for j in judged for v in j.verdicts if v.key.check == check]
+    logic = [v for j, v in rows if j.run.dtype == LOGIC]
+    working = [v for j, v in rows if j.run.dtype != LOGIC]
+    return Cell(
+        error=max((v.error for v in logic), default=None),
+        allowed=max((v.allowed for v in logic), default=None),
+        rho=max((v.rho for v in working), default=None),
+        worst=max((v for _, v in rows), key=lambda v: (not v.good, v.excess), default=None),
+        bad=sum(not v.good for _, v in rows),
+        tensors=len(rows),
+        elements=sum(v.elements for _, v in rows),
+    )
+
+
+def one_line(result: Result) -> str:
+    """A finished case, as it is printed while the matrix runs."""
+    tail = ""
+    if result.status == "error":
+        tail = "  " + result.error.splitlines()[0]
+    elif (first := result.first_divergence) is not None:
+        tail = f"  first divergence: {first[1].key}"
+    return f"{_WORD[result.status]}  {result.case.id:<14} {result.seconds:6.1f} s{tail}"
+
+
+_WORD = {"pass": "PASS", "fail": "FAIL", "error": "ERROR"}
+
+
+def text(report: Report, *, verbose: bool = False) -> str:
+    """The whole report as it stands at the end of a run."""
+    parts = [_table(report.results)] if report.results else []
+    parts += [_failure(report, result, verbose) for result in report.results if _is_bad(result)]
+    parts += [_overrides(report.plan)] if report.plan.overrides else []
+    parts += [_counts(report), _summary(report)]
+    return "\n\n".join(parts)
+
+
+def _is_bad(result: Result) -> bool:
+    return result.status != "pass"
+
+
+def _table(results: Sequence[Result]) -> str:
+    rows = []
+    for result in results:
+        cells = {check: cell(result.judged, check) for check in CHECKS}
+        rows.append(
+            [
+                result.case.id,
+                _WORD[result.status],
+                *(_cell_text(cells[check]) for check in CHECKS),
+                _replicas(result),
+                _worst(result),
+                f"{result.seconds:.1f}",
+            ]
+        )
+    headers = ["case", "", *CHECKS, "replicas", "closest to its bound", "s"]
+    legend = (
+        "cells: relative error in float64, and rho in the working dtype "
+        "(1 = the baseline's own rounding); ! = beyond the bound"
+    )
+    table = tabulate(rows, headers, disable_numparse=True, colalign=("left",) * 9 + ("right",))
+    return f"{table}\n{legend}"
+
+
+def _cell_text(c: Cell) -> str:
+    numbers = [
+        *([f"{c.error:.1e}"] if c.error is not None else []),
+        *([f"{c.rho:.1f}"] if c.rho is not None else []),
+    ]
+    return "-" if not c.tensors else ("! " * bool(c.bad)) + " ".join(numbers)
+
+
+def _replicas(result: Result) -> str:
+    """How many copies were compared bit by bit. Every baseline sees the same ones: count once."""
+    first = result.judged[0].baseline if result.judged else ""
+    verdicts = [v for j in result.judged if j.baseline == first for v in j.verdicts]
+    split = sum(v.status in PIECES for v in verdicts)
+    copies = sum(v.copies for v in verdicts)
+    return f"! {split} differ" if split else f"{copies} equal" if copies else "-"
+
+
+def _worst(result: Result) -> str:
+    verdicts = [v for j in result.judged for v in j.verdicts]
+    worst = max(verdicts, key=lambda v: (not v.good, v.excess), default=None)
+    return "-" if worst is None else f"{worst.key} {worst.excess:.2g}x"
+
+
+def _failure(report: Report, result: Result, verbose: bool) -> str:
+    again = f"  again: {report.command} --case {result.case.id} -v"
+    if result.status == "error":
+        said = "\n".join(f"  {line}" for line in result.error.splitlines())
+        return f"ERROR {result.case.id}   could not be run\n{said}\n{again}"
+    first = result.first_divergence
+    assert first is not None
+    judged, verdict = first
+    lines = [
+        f"FAIL {result.case.id}   first divergence: {verdict.key}",
+        f"  {what_is_wrong(verdict)}",
+        f"  in {judged.run.label}, against the baseline '{judged.baseline}'",
+        f"  {_neighbours(judged, verdict)}",
+    ]
+    if verbose:
+        bad = [(j, v) for j in result.judged for v in j.verdicts if not v.good]
+        lines += [f"    {j.run.label} / {j.baseline}: {v.key}: {what_is_wrong(v)}" for j, v in bad]
+    return "\n".join([*lines, again])
+
+
+def what_is_wrong(v: Verdict) -> str:
+    """One verdict in words: what was got, what was wanted, how far beyond what was allowed."""
+    if v.status not in ("bug", "drift"):
+        return f"{v.status}: {v.text}"
+    where = f" at {list(v.place)}" if v.place else ""
+    size = (
+        f"rho {v.rho:.3g} times the baseline's own rounding"
+        if v.status == "drift"
+        else f"relative error {v.error:.1e}, allowed {v.allowed:.1e}"
+    )
+    beyond = f"{v.excess:.2g} times what the worst row may have"
+    return f"{v.status}: got {v.got:.6g}, want {v.want:.6g}{where}; {size}; {beyond}"
+
+
+def _neighbours(judged: Judged, verdict: Verdict) -> str:
+    place = judged.verdicts.index(verdict)
+    after = sum(not v.good for v in judged.verdicts[place + 1 :])
+    rest = len(judged.verdicts) - place - 1
+    before = f"the {place} tensors before it agree" if place else "it is the first tensor"
+    return f"{before}; of the {rest} after it, {after} do not"
+
+
+def _overrides(plan: Plan) -> str:
+    rows = [f"  {o.pattern}: relative error up to {o.bound:g} ({o.reason})" for o in plan.overrides]
+    return "\n".join(["bounds set by hand:", *rows])
+
+
+def _counts(report: Report) -> str:
+    tensors, elements = report.compared
+    ran = [r for r in report.results if r.judged]
+    steps = sum(report.plan.steps for r in ran for _ in report.plan.runs(r.case))
+    lines = [
+        f"compared: {tensors:,} tensors, {elements:,} elements, {steps:,} steps of training, in "
+        f"{report.seconds:.0f} s ({report.baseline_seconds:.0f} s of it for the baselines)"
+    ]
+    seen = [
+        f"{check} {c.allowed:.1e}"
+        for check in CHECKS
+        if (c := cell((j for r in ran for j in r.judged), check)).allowed is not None
+    ]
+    if seen:
+        lines.append(f"any relative error above these would have been flagged: {', '.join(seen)}")
+    return "\n".join(lines)
+
+
+def _summary(report: Report) -> str:
+    lines = ["=== Summary ==="]
+    for status, word in _WORD.items():
+        chosen = [r for r in report.results if r.status == status]
+        if chosen or status != "error":
+            lines.append(f"{word} ({len(chosen)}):")
+            lines += [f"  {r.case.title}{_tail(r)}" for r in chosen]
+    if report.skipped:
+        lines.append(f"SKIP ({len(report.skipped)}):")
+        lines += [f"  {skip.case.title}  {skip.reason}" for skip in report.skipped]
+    return "\n".join(lines)
+
+
+def _tail(result: Result) -> str:
+    if result.status == "error":
+        return "  " + result.error.splitlines()[0]
+    diff = "" if result.diff is None else f"  (diff={_diff(result.diff)})"
+    first = result.first_divergence
+    return diff if first is None else f"{diff}  first divergence: {first[1].key}"
+
+
+def _diff(diff: float) -> str:
+    return "0.0" if diff == 0 else f"{diff:.2e}"
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The versioned document of docs/report.md."""
+    tensors, elements = report.compared
+    return {
+        "schema": SCHEMA,
+        "command": report.command,
+        "device": report.plan.backend.device,
+        "backend": report.plan.backend.name,
+        "dtypes": list(report.plan.dtypes),
+        "steps": report.plan.steps,
+        "seed": report.plan.seed,
+        "options": dict(report.plan.options),
+        "overrides": [o._asdict() for o in report.plan.overrides],
+        "cases": [_case_json(result) for result in report.results],
+        "skipped": [{**_id_json(s.case), "reason": s.reason} for s in report.skipped],
+        "compared": {"tensors": tensors, "elements": elements},
+        "seconds": report.seconds,
+        "baseline_seconds": report.baseline_seconds,
+        "exit_code": report.exit_code,
+    }
+
+
+def _id_json(case: Case) -> dict[str, Any]:
+    return {"id": case.id, "axes": dict(case.axes), "options": dict(case.options)}
+
+
+def _case_json(result: Result) -> dict[str, Any]:
+    return {
+        **_id_json(result.case),
+        "status": result.status,
+        "seconds": result.seconds,
+        "diff": result.diff,
+        "error": result.error,
+        "checks": {check: _cell_json(cell(result.judged, check)) for check in CHECKS},
+        "wrong": [
+            {
+                "dtype": j.run.dtype,
+                "variant": dict(j.run.variant),
+                "baseline": j.baseline,
+                **_verdict_json(v),
+            }
+            for j in result.judged
+            for v in j.verdicts
+            if not v.good
+        ],
+    }
+
+
+def _cell_json(c: Cell) -> dict[str, Any]:
+    return {
+        "error": c.error,
+        "allowed": c.allowed,
+        "rho": c.rho,
+        "worst": None if c.worst is None else c.worst.key.name,
+        "wrong": c.bad,
+        "tensors": c.tensors,
+        "elements": c.elements,
+    }
+
+
+def _verdict_json(v: Verdict) -> dict[str, Any]:
+    return {
+        "check": v.key.check,
+        "tensor": v.key.name,
+        "status": v.status,
+        "text": v.text or what_is_wrong(v),
+        "error": v.error,
+        "allowed": v.allowed,
+        "rho": v.rho,
+        "excess": v.excess,
+        "place": list(v.place),
+    }
