@@ -105,7 +105,7 @@ def resolve(path: str) -> Callable[..., Any]:
         raise UsageError(f"{path}: {error} (write it as package.module:function)") from error
     if not callable(found):
         raise UsageError(f"{path}: is no function")
-    return found
+    return found  # type: ignore[no-any-return]
 
 
 def _room(wish: Wish, matrix: Matrix) -> tuple[str, int]:
