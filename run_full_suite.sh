@@ -9,6 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source tests/setup.sh
+find_python
 
 chosen=()
 [ -n "${TRAIN_STEPS:-}" ] && chosen+=(--steps "$TRAIN_STEPS")

@@ -1,6 +1,6 @@
-# To be sourced, with the extras that are needed as arguments: leaves in $PYTHON an interpreter that
-# has everything. The active one is used as it is when it does (a GPU box, a container); else .venv
-# in the checkout is, made and filled from constraints.txt when it is missing or out of date.
+# To be sourced. `find_python EXTRA...` leaves in $PYTHON an interpreter that has everything. The
+# active one is used as it is when it does (a GPU box, a container); else .venv in the checkout is,
+# made and filled from constraints.txt when it is missing or out of date.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -40,11 +40,13 @@ fill_venv() { # extras...
     return 2
 }
 
-if command -v python3 >/dev/null && satisfied python3 "$@" >/dev/null 2>&1; then
-    PYTHON=$(command -v python3)
-else
+find_python() { # extras...
+    if command -v python3 >/dev/null && satisfied python3 "$@" >/dev/null 2>&1; then
+        PYTHON=$(command -v python3)
+        return
+    fi
     PYTHON=$root/.venv/bin/python
     if ! { [ -x "$PYTHON" ] && satisfied "$PYTHON" "$@" >/dev/null; }; then
-        fill_venv "$@" || exit 2
+        fill_venv "$@"
     fi
-fi
+}
