@@ -1,6 +1,7 @@
 """Exit 0 when this interpreter has all that pyproject.toml asks for; else print what it lacks.
 
-Standard library only, since it runs before anything is installed. Usage: requirements.py [EXTRA ...]
+Standard library only, since it runs before anything is installed.
+Usage: requirements.py [EXTRA ...] or requirements.py --only NAME
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ def lacking(requirement: str) -> str | None:
     return None
 
 
-def main(extras: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     import tomllib
 
     root = Path(__file__).resolve().parent.parent
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     wanted = list(project["dependencies"])
-    for extra in extras:
-        wanted += project["optional-dependencies"][extra]
+    if arguments[:1] == ["--only"]:
+        wanted = [text for text in wanted if re.match(r"[\w.-]+", text)[0] == arguments[1]]
+    else:
+        wanted += [text for e in arguments for text in project["optional-dependencies"][e]]
     found = [text for text in map(lacking, wanted) if text]
     if found:
         print("missing: " + ", ".join(found))

@@ -24,18 +24,28 @@ newest_python() {
 }
 
 fill_venv() { # extras...
-    local base extras
+    local base extras pins
     base=$(newest_python) || return 2
     extras=$(IFS=,; echo "$*")
     echo "setting up $root/.venv (once)" >&2
-    if ! "$base" -m venv "$root/.venv" >&2; then
+    # A torch that is there already is kept: it is the one that fits this machine's driver.
+    local -a with=()
+    "$base" "$root/tests/requirements.py" --only torch >/dev/null && with=(--system-site-packages)
+    if ! "$base" -m venv "${with[@]}" "$root/.venv" >&2; then
         echo "$base cannot make a virtual environment; install its venv module (Debian: python3-venv)" >&2
         return 2
     fi
-    # torch first and alone: what comes after takes the version that is there.
-    "$root/.venv/bin/python" -m pip install -q -c "$root/constraints.txt" torch >&2 &&
-        "$root/.venv/bin/python" -m pip install -q -c "$root/constraints.txt" \
-            -e "$root${extras:+[$extras]}" >&2 && return
+    local python=$root/.venv/bin/python
+    pins=$(mktemp)
+    cp "$root/constraints.txt" "$pins"
+    if "$python" "$root/tests/requirements.py" --only torch >/dev/null; then
+        sed -i '/^torch==/d' "$pins"
+    else # first and alone, so that nothing else chooses its version
+        "$python" -m pip install -q -c "$pins" torch >&2
+    fi && "$python" -m pip install -q -c "$pins" -e "$root${extras:+[$extras]}" >&2
+    local status=$?
+    rm -f "$pins"
+    [ $status = 0 ] && return
     echo "the packages could not be installed; pip's own words are above" >&2
     return 2
 }
