@@ -4,7 +4,7 @@ One fork server with torch loaded starts them (parity.warm), so a rank costs mil
 nothing with the rank before it, and a crash stays its own. The parent supervises: any rank's
 exception with the rank's name, the signal that ended one, and on the deadline each rank's Python
 stack. Whatever happens, no rank outlives the call; and should the parent itself be killed, the
-fork server ends and the kernel ends the ranks with it.
+kernel ends the ranks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import multiprocessing as mp
 import os
 import pickle
 import signal
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -88,7 +89,7 @@ def _start(
     own.mkdir()
     ours, theirs = context.Pipe(duplex=False)
     seat = rank_side.Seat(
-        number, world, backend.name, backend.device, backend.deadline, str(folder), os.getpid()
+        number, world, backend.name, backend.device, backend.deadline, str(folder)
     )
     process = context.Process(
         target=rank_side.main, args=(theirs, seat, function, args), name=f"parity rank {number}"
@@ -158,11 +159,19 @@ def _read_stack(path: Path, patience: float) -> str:
     return text
 
 
+# Whose frames are not the user's: Python's, the installed packages', and ours.
+_LIBRARY = (
+    sysconfig.get_path("stdlib"),
+    sysconfig.get_path("purelib"),
+    f'File "{Path(__file__).parent}{os.sep}',
+    '"<',
+)
+
+
 def _where(stack: str) -> str:
     """The innermost frame of the user's own code, in words."""
     frames = [line.strip() for line in stack.splitlines() if line.strip().startswith("File ")]
-    library = (f"{os.sep}torch{os.sep}", f"{os.sep}parity{os.sep}", "multiprocessing")
-    own = [frame for frame in frames if not any(part in frame for part in library)]
+    own = [frame for frame in frames if not any(part in frame for part in _LIBRARY)]
     return f"was at {own[0][5:]}" if own else "was outside of the program's own code"
 
 

@@ -7,8 +7,9 @@ teardown of a collective.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
+import fcntl
+import multiprocessing as mp
 import os
 import pickle
 import signal
@@ -23,7 +24,6 @@ from typing import Any, NamedTuple, NoReturn
 
 STACK_SIGNAL = signal.SIGUSR1
 STACK, LOG = "stack.txt", "log.txt"
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Seat(NamedTuple):
@@ -35,7 +35,6 @@ class Seat(NamedTuple):
     device: str
     deadline: float
     folder: str
-    parent: int
 
 
 class Outcome(NamedTuple):
@@ -63,7 +62,7 @@ def main(pipe: Connection, seat: Seat, function: Callable[..., Any], args: tuple
 
 def _settle(seat: Seat) -> None:
     """Signals, output and scheduling, before any of the user's code runs."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _die_with_the_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends the ranks
     own = Path(seat.folder) / f"rank{seat.rank}"
     log = os.open(own / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -77,6 +76,22 @@ def _settle(seat: Seat) -> None:
     if seat.device == "cpu" and hasattr(os, "SCHED_BATCH"):
         # No preemption on wake-up: gloo's many small messages are four times as fast with it.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _die_with_the_parent() -> None:
+    """Let the kernel kill this process when the parent is gone, however it went.
+
+    A rank's own parent is the fork server, and that one lives as long as any rank does: so the
+    signal comes from the pipe whose other end only the real parent holds.
+    """
+    parent = mp.parent_process()
+    assert parent is not None
+    pipe: int = parent.sentinel
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    if not parent.is_alive():  # it may have gone before the signal was asked for
+        os._exit(1)
 
 
 def _call(seat: Seat, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

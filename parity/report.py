@@ -172,13 +172,11 @@ def what_is_wrong(v: Verdict) -> str:
     if v.status not in ("bug", "drift"):
         return f"{v.status}: {v.text}"
     where = f" at {list(v.place)}" if v.place else ""
-    size = (
-        f"rho {v.rho:.3g} times the baseline's own rounding"
-        if v.status == "drift"
-        else f"relative error {v.error:.1e}, allowed {v.allowed:.1e}"
+    rho = f" (rho {v.rho:.3g})" if v.status == "drift" else ""
+    return (
+        f"{v.status}: got {v.got:.6g}, want {v.want:.6g}{where}; relative error {v.error:.1e}{rho}, "
+        f"allowed {v.allowed:.1e}; {v.excess:.2g} times its bound in the worst row"
     )
-    beyond = f"{v.excess:.2g} times what the worst row may have"
-    return f"{v.status}: got {v.got:.6g}, want {v.want:.6g}{where}; {size}; {beyond}"
 
 
 def _neighbours(judged: Judged, verdict: Verdict) -> str:

@@ -56,9 +56,10 @@ class Result:
 class Session:
     """Runs cases one after the other; what baselines gave is kept for all of them."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, baselines: Baselines | None = None) -> None:
+        """`baselines` of another session can be used again, when only the target differs."""
         self.plan = plan
-        self.baselines = Baselines(plan)
+        self.baselines = baselines or Baselines(plan)
 
     def result(self, case: Case) -> Result:
         """Raises BaselineFailed or TraceError when there is nothing sound to judge against."""

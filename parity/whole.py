@@ -21,7 +21,7 @@ class Finding(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """The joined tensor (None where there is a hole or no shape), and what was seen on the way."""
+    """The joined tensor (None unless the pieces tile one shape), and what was seen on the way."""
 
     tensor: Tensor | None
     copies: int  # pieces beyond the first of their box, each compared bit by bit
@@ -37,9 +37,10 @@ def join(pieces: list[Piece], shapes: list[tuple[int, ...]]) -> Whole:
     for piece in pieces:
         boxes.setdefault((piece.offset, tuple(piece.tensor.shape)), []).append(piece)
     firsts = [copies[0] for copies in boxes.values() if copies[0].tensor.numel()]
-    findings = [*_splits(boxes.values()), *_tiling(firsts, shapes[0])]
+    tiling = _tiling(firsts, shapes[0])
+    findings = [*_splits(boxes.values()), *tiling]
     copies = len(pieces) - len(boxes)
-    if any(finding.status == "hole" for finding in findings):
+    if tiling:
         return Whole(None, copies, findings)
     if len(firsts) == 1:
         return Whole(firsts[0].tensor, copies, findings)
@@ -81,17 +82,30 @@ def _split_text(a: Piece, b: Piece) -> str:
 
 
 def _tiling(pieces: list[Piece], shape: tuple[int, ...]) -> list[Finding]:
-    for a, b in combinations(pieces, 2):
-        if all(
-            max(i, j) < min(i + m, j + n)
-            for i, m, j, n in zip(a.offset, a.tensor.shape, b.offset, b.tensor.shape, strict=True)
-        ):
-            text = f"the pieces of ranks {a.rank} and {b.rank} cover the same elements in part"
-            return [Finding("overlap", text)]
-    held = sum(piece.tensor.numel() for piece in pieces)
+    overlaps = [(a.rank, b.rank) for a, b in combinations(pieces, 2) if _overlap(a, b)]
+    if overlaps:
+        covered = torch.zeros(shape, dtype=torch.bool)
+        for _, offset, tensor in pieces:
+            covered[_slices(offset, tensor)] = True
+        held = int(covered.sum())
+    else:
+        held = sum(piece.tensor.numel() for piece in pieces)
+    findings = []
+    if overlaps:
+        a, b = overlaps[0]
+        text = f"the pieces of ranks {a} and {b} cover the same elements in part"
+        findings.append(Finding("overlap", text))
     if held < prod(shape):
-        return [Finding("hole", f"{prod(shape) - held} of {prod(shape)} elements are on no rank")]
-    return []
+        text = f"{prod(shape) - held} of {prod(shape)} elements are on no rank"
+        findings.append(Finding("hole", text))
+    return findings
+
+
+def _overlap(a: Piece, b: Piece) -> bool:
+    return all(
+        max(i, j) < min(i + m, j + n)
+        for i, m, j, n in zip(a.offset, a.tensor.shape, b.offset, b.tensor.shape, strict=True)
+    )
 
 
 def _slices(offset: tuple[int, ...], tensor: Tensor) -> tuple[slice, ...]:

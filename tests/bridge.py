@@ -113,8 +113,8 @@ def plain(run: Run) -> Trace:
     """The independent baseline: the whole batch at once on one device."""
     task = Task(**run.options)  # type: ignore[arg-type]
     trace = Trace()
-    losses, norms = [], []
     for kind, steps in (("sgd", 1), ("adamw", run.steps)):
+        losses, norms = [], []
         model = plain_model(task).to(run.device, getattr(torch, run.dtype))
         load_plain(model, weights(task, run.seed), run.nudge)
         sgd = torch.optim.SGD(model.parameters(), lr=SGD_LR)
@@ -130,8 +130,9 @@ def plain(run: Run) -> Trace:
             norms.append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM))
             losses.append(loss.detach())
             optimizer.step()
+        trace.add("norm", f"{kind} by step", torch.stack(norms))
         record_plain_state(trace, kind, model, optimizer)
-    record_curves(trace, norms, losses)
+        trace.add("loss", f"{kind} by step", torch.stack(losses))
     return trace
 
 
@@ -166,20 +167,14 @@ def state_of(
     yield "", parameter
 
 
-def record_curves(trace: Trace, norms: list[Tensor], losses: list[Tensor]) -> None:
-    """One vector each over all steps: the SGD step, then those of AdamW."""
-    trace.add("norm", "the gradient by step", torch.stack(norms))
-    trace.add("loss", "the batch by step", torch.stack(losses))
-
-
 def candidate(run: Run) -> Trace:
     """heiretsu, on every rank of its topology."""
     task = Task(**run.options)  # type: ignore[arg-type]
     training = task.training(run.case, dtype=run.dtype, seed=run.seed, **run.variant)
     mesh = mesh_of(training.topology, run.rank, run.device)
     trace = Trace()
-    losses, norms = [], []
     for kind, steps in (("sgd", 1), ("adamw", run.steps)):
+        losses, norms = [], []
         trainer = Trainer(replace(training, optimizer=kind, lr=OPTIMIZERS[kind]), mesh)
         load(trainer, weights(task, run.seed), run.nudge)
         for batch in batches(task, run.seed, steps):
@@ -193,8 +188,9 @@ def candidate(run: Run) -> Trace:
                 record_logits(trace, trainer, logits)
                 record_gradients(trace, trainer)
             norms.append(trainer.update())
+        trace.add("norm", f"{kind} by step", torch.stack(norms))
         record_state(trace, kind, trainer)
-    record_curves(trace, norms, losses)
+        trace.add("loss", f"{kind} by step", torch.stack(losses))
     return trace
 
 

@@ -1,0 +1,118 @@
+"""Ranks that return, raise, die and hang: each is reported by name, and none is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from parity import Backend, RanksFailed, launch
+from tests.unit.parity import targets
+
+ROOT = Path(__file__).parents[3]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs. A zombie is dead: its parent has only not asked yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def wait_until(condition, seconds: float = 20.0) -> bool:  # type: ignore[no-untyped-def]
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        os.sched_yield()
+    return bool(condition())
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_every_rank_returns_in_order(world: int) -> None:
+    total = sum(5 + rank for rank in range(world))
+    assert launch(targets.add_up, world, 5) == [(rank, world, total) for rank in range(world)]
+
+
+def test_ranks_are_fresh_single_threaded_batch_processes() -> None:
+    first, second = launch(targets.environment, 2), launch(targets.environment, 2)
+    pids = {pid for pid, *_ in first + second}
+    assert len(pids) == 4
+    assert os.getpid() not in pids
+    assert all((omp, policy, n) == ("1", os.SCHED_BATCH, 1) for _, omp, policy, n in first)
+
+
+def test_a_rank_that_raises_is_named_with_its_traceback_and_output() -> None:
+    with pytest.raises(RanksFailed) as caught:
+        launch(targets.raise_on_1, 3)
+    text = str(caught.value)
+    assert text.startswith("rank 1 raised: ZeroDivisionError: nothing to divide by\n")
+    assert "in raise_on_1" in text
+    assert "the last words of rank 1" in text
+    assert caught.value.ranks == (1,)
+
+
+def test_a_rank_that_is_killed_is_named_with_its_signal() -> None:
+    with pytest.raises(RanksFailed, match=r"^rank 1 was killed by SIGKILL\n") as caught:
+        launch(targets.die_on_1, 3)
+    assert caught.value.ranks == (1,)
+
+
+def test_a_rank_that_exits_is_named_with_its_code() -> None:
+    with pytest.raises(RanksFailed, match="^rank 0 ended with exit code 7 and without a result"):
+        launch(targets.exit_on_0, 2)
+
+
+def test_a_rank_that_hangs_is_named_with_the_place_where_it_is() -> None:
+    start = time.monotonic()
+    with pytest.raises(RanksFailed) as caught:
+        launch(targets.hang_on_1, 2, backend=Backend(deadline=3))
+    assert time.monotonic() - start < 60  # the deadline, not the group's own timeout
+    text = str(caught.value)
+    assert text.startswith("not done after 3 s (the deadline):\nrank 1 was at ")
+    assert "targets.py" in text.splitlines()[1]
+    assert "in wait_for_ever" in text.splitlines()[1]
+    assert caught.value.ranks == (1,)
+
+
+def test_a_result_that_cannot_be_pickled_is_that_ranks_failure() -> None:
+    with pytest.raises(RanksFailed, match="rank 0 raised: "):
+        launch(targets.unpicklable, 1)
+
+
+def test_the_next_launch_works_after_each_kind_of_failure() -> None:
+    for bad in (targets.raise_on_1, targets.die_on_1):
+        with pytest.raises(RanksFailed):
+            launch(bad, 2)
+        assert launch(targets.add_up, 2, 0) == [(0, 2, 1), (1, 2, 1)]
+
+
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name
+)
+def test_no_rank_outlives_its_parent(how: signal.Signals, tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from parity import launch\n"
+        "from tests.unit.parity.targets import write_pid_and_hang\n"
+        "if __name__ == '__main__':\n"
+        "    launch(write_pid_and_hang, 2, sys.argv[1])\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(program)
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
+    files = [tmp_path / "0", tmp_path / "1"]
+    assert wait_until(lambda: all(file.exists() for file in files))
+    pids = [int(file.read_text()) for file in files]
+    parent.send_signal(how)
+    parent.wait(20)
+    assert wait_until(lambda: not any(is_alive(pid) for pid in pids))
