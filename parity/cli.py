@@ -7,11 +7,12 @@ import json
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parity.errors import PASSED, USAGE, ParityError, UsageError
+from parity.errors import COULD_NOT_RUN, PASSED, USAGE, ParityError, UsageError
 
 if TYPE_CHECKING:
     from parity.matrix import Skip
@@ -77,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"parity: {line}", file=sys.stderr)
         return error.code
+    except Exception:  # not 1, Python's own status, which says that a case differs
+        traceback.print_exc()
+        print("parity: this is a mistake of parity itself; nothing was decided", file=sys.stderr)
+        return COULD_NOT_RUN
     except KeyboardInterrupt:
         print("parity: interrupted; all ranks are ended", file=sys.stderr)
         return INTERRUPTED

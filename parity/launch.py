@@ -24,6 +24,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from parity import rank as rank_side
 from parity.errors import RanksFailed
 
@@ -146,7 +148,8 @@ def _interrupt(ranks: list[_Rank]) -> None:
     for r in ranks:
         if not r.is_over:
             stack = _read_stack(r.folder / rank_side.STACK, patience)
-            r.outcome = rank_side.Outcome("waiting", _where(stack), stack, time.time())
+            kind, where = _where(stack)
+            r.outcome = rank_side.Outcome(kind, where, stack, time.time())
 
 
 def _read_stack(path: Path, patience: float) -> str:
@@ -166,44 +169,44 @@ _LIBRARY = (
     f'File "{Path(__file__).parent}{os.sep}',
     '"<',
 )
+_COLLECTIVES = f'"{Path(dist.__file__).parent / "distributed_c10d.py"}"'
 
 
-def _where(stack: str) -> str:
-    """The innermost frame of the user's own code, in words."""
-    frames = [line.strip() for line in stack.splitlines() if line.strip().startswith("File ")]
-    own = [frame for frame in frames if not any(part in frame for part in _LIBRARY)]
-    return f"was at {own[0][5:]}" if own else "was outside of the program's own code"
+def _where(stack: str) -> tuple[str, str]:
+    """Where a rank stands, in words, and whether it waits for others: ("waits" or "is", text)."""
+    frames = [line.strip()[5:] for line in stack.splitlines() if line.strip().startswith("File ")]
+    own = next((f for f in frames if not any(part in f for part in _LIBRARY)), None)
+    calls = [f.rsplit(" ", 1)[1] for f in frames if f.startswith(_COLLECTIVES)]
+    place = own or "a place outside of the program's own code"
+    return (
+        ("waits", f"waits in {calls[0]}, called at {place}") if calls else ("is", f"is at {place}")
+    )
 
 
 def _failure(ranks: list[_Rank], backend: Backend) -> RanksFailed:
     """Causes before consequences: a rank that raised of its own accord or died, by time; then what
-    only followed (a broken connection, a wait that never ended).
+    only followed (a broken connection, a wait that never ended). Of ranks that hang, the ones that
+    wait for nobody come first. One traceback is enough: that of the first in this order.
     """
-    order = {"raised": 0, "died": 1, "lost": 2, "waiting": 3, "returned": 4}
-    outcomes = [(r, r.outcome) for r in ranks if r.outcome is not None]
-    outcomes.sort(key=lambda item: (order[item[1].kind], item[1].when, item[0].number))
-    if all(o.kind in ("waiting", "returned") for _, o in outcomes):
-        lines = [f"not done after {backend.deadline:g} s (the deadline):"]
-    else:
-        lines = []
-    guilty = outcomes[0][1].kind
-    for r, outcome in outcomes:
-        lines.append(f"rank {r.number} {outcome.summary}")
-        if outcome.kind in ("raised", "lost") and outcome.kind == guilty:
-            lines += [f"    {line}" for line in outcome.detail.rstrip().splitlines()]
+    order = ("raised", "died", "is", "lost", "waits", "returned")
+    found = [(r, r.outcome) for r in ranks if r.outcome is not None]
+    found.sort(key=lambda item: (order.index(item[1].kind), item[1].when, item[0].number))
+    first = found[0][1].kind
+    late = first in ("is", "waits")
+    head = f"not done after {backend.deadline:g} s, the deadline; " if late else ""
+    lines = [f"{'' if i else head}rank {r.number} {o.summary}" for i, (r, o) in enumerate(found)]
+    if found[0][1].detail and not late:
+        lines[1:1] = [f"    {line}" for line in found[0][1].detail.rstrip().splitlines()]
+    for r, outcome in found:
+        if outcome.kind in ("raised", "died"):
             lines += _tail_of_log(r)
-        elif outcome.kind == "died":
-            lines += _tail_of_log(r)
-        if outcome.kind == "raised":
-            guilty = "none"  # one traceback is enough: the first in time
-    blamed = tuple(r.number for r, o in outcomes if o.kind == outcomes[0][1].kind)
-    return RanksFailed("\n".join(lines), blamed)
+    return RanksFailed("\n".join(lines), tuple(r.number for r, o in found if o.kind == first))
 
 
 def _tail_of_log(r: _Rank, count: int = 10) -> list[str]:
     log = r.folder / rank_side.LOG
     lines = log.read_text(errors="replace").splitlines()[-count:] if log.exists() else []
-    return ["    it had printed:", *(f"      {line}" for line in lines)] if lines else []
+    return [f"rank {r.number} had printed:", *(f"    {line}" for line in lines)] if lines else []
 
 
 def _end(ranks: list[_Rank]) -> None:

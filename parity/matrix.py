@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from parity.case import Case, Scalar, parse_axes
 from parity.errors import UsageError
@@ -45,13 +45,24 @@ class OverrideEntry(_Strict):
     reason: Annotated[str, Field(min_length=10)]
 
 
+# The tags say which member of a union was meant, so that only its objections are raised.
+BaselineEntry = Annotated[
+    Annotated[Reference, Tag("<path>")] | Annotated[CaseBaseline, Tag("<case>")],
+    Discriminator(lambda value: "<case>" if isinstance(value, dict) else "<path>"),
+]
+AxisSizes = Annotated[
+    Annotated[Literal["auto"], Tag("<auto>")] | Annotated[list[Positive], Tag("<sizes>")],
+    Discriminator(lambda value: "<sizes>" if isinstance(value, list) else "<auto>"),
+]
+
+
 class Matrix(_Strict):
     """The file's fields; docs/matrix.md says what each is for."""
 
     target: Reference
     objections: Reference | None = None
-    baselines: Annotated[dict[str, Reference | CaseBaseline], Field(min_length=1)]
-    axes: Annotated[dict[str, Literal["auto"] | list[Positive]], Field(min_length=1)]
+    baselines: Annotated[dict[str, BaselineEntry], Field(min_length=1)]
+    axes: Annotated[dict[str, AxisSizes], Field(min_length=1)]
     max_world: Positive = 8
     dtypes: Annotated[list[Dtype], Field(min_length=1)] = ["float64", "float32"]
     variants: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = {}
@@ -89,24 +100,18 @@ def load(path: Path) -> Matrix:
         matrix = Matrix.model_validate(document.value if document.value is not None else {})
     except ValidationError as error:
         for detail in error.errors():
-            loc = _in_file(detail["loc"], document)
-            objections.setdefault(loc, _say(detail))
+            objections.setdefault(_in_file(detail["loc"]), _say(detail))
     if matrix is not None:
         objections.update(_contradictions(matrix))
     if objections or matrix is None:
-        found = sorted((document.line(loc), loc, text) for loc, text in objections.items())
-        raise UsageError(*(f"{path}:{line}: {_dotted(loc)}{text}" for line, loc, text in found))
+        said = [(document.line(loc), f"{_dotted(loc)}{text}") for loc, text in objections.items()]
+        raise UsageError(*(f"{path}:{line}: {text}" for line, text in sorted(said)))
     return matrix
 
 
-def _in_file(loc: tuple[int | str, ...], document: Document) -> tuple[int | str, ...]:
-    """pydantic's location without the names of the union's members, which are not in the file."""
-    kept: tuple[int | str, ...] = ()
-    for part in loc:
-        if (*kept, part) in document.lines:
-            kept = (*kept, part)
-    missing = loc and loc[:-1] == kept
-    return loc if missing else kept
+def _in_file(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """pydantic's location without the tags of unions, which are not in the file."""
+    return tuple(part for part in loc if not str(part).startswith("<"))
 
 
 def _dotted(loc: tuple[int | str, ...]) -> str:
@@ -114,22 +119,35 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
     return ".".join(parts) + ": " if parts else ""
 
 
-_SAY: dict[str, Callable[[dict[str, Any]], str]] = {
-    "missing": lambda d: "is missing",
-    "extra_forbidden": lambda d: f"unknown key (known here: {', '.join(Matrix.model_fields)})",
-    "int_type": lambda d: f"expected a whole number, got {d['input']!r}",
-    "float_type": lambda d: f"expected a number, got {d['input']!r}",
-    "string_type": lambda d: f"expected text, got {d['input']!r}; write '{d['input']}'",
-    "list_type": lambda d: f"expected a list, got {d['input']!r}; write [{d['input']}]",
-    "string_pattern_mismatch": lambda d: f"expected package.module:function, got {d['input']!r}",
-}
-
-
 def _say(detail: Any) -> str:
-    if detail["type"] == "extra_forbidden" and len(detail["loc"]) > 1:
-        return "unknown key here"
-    say = _SAY.get(detail["type"])
-    return say(detail) if say else f"{detail['msg'].lower()}, got {detail['input']!r}"
+    """pydantic's finding in the words of our messages: what was expected, got, and is to write."""
+    got, kind = detail["input"], detail["type"]
+    known = ", ".join(Matrix.model_fields)
+    words = {
+        "missing": "is missing",
+        "extra_forbidden": f"unknown key (known: {known})"
+        if len(detail["loc"]) == 1
+        else ("unknown key here"),
+        "int_type": f"expected a whole number, got {got!r}{_unquoted(got)}",
+        "float_type": f"expected a number, got {got!r}{_unquoted(got)}",
+        "string_type": f"expected text, got {got!r}; write '{got}'",
+        "list_type": f"expected a list, got {got!r}; write [{got}]",
+        "string_pattern_mismatch": f"expected package.module:function, got {got!r}",
+        "greater_than_equal": f"must be 1 or more, got {got!r}",
+        "greater_than": f"must be more than 0, got {got!r}",
+        "string_too_short": f"needs a sentence that says why, got {got!r}",
+        "too_short": "must not be empty",
+    }
+    if kind == "literal_error":
+        expected = str(detail["ctx"]["expected"])
+        if detail["loc"][0] == "axes":
+            expected += f" or a list of sizes; write [{got}]" if type(got) is int else ""
+        return f"expected {expected}, got {got!r}"
+    return words.get(kind, f"{detail['msg']}, got {got!r}")
+
+
+def _unquoted(got: object) -> str:
+    return f"; write {got}" if isinstance(got, str) and got.strip("-").isdigit() else ""
 
 
 def _contradictions(matrix: Matrix) -> dict[tuple[int | str, ...], str]:

@@ -125,6 +125,9 @@ def _room(wish: Wish, matrix: Matrix) -> tuple[str, int]:
     return "cuda", min(gpus, wanted)
 
 
+_KIND = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
 def _settings(texts: Sequence[str], matrix: Matrix) -> dict[str, Scalar]:
     """--set key=value, the value read as the type that the matrix gives the key."""
     settings: dict[str, Scalar] = {}
@@ -140,7 +143,7 @@ def _settings(texts: Sequence[str], matrix: Matrix) -> dict[str, Scalar]:
             words = {"true": True, "false": False}
             settings[key] = words[value] if isinstance(known, bool) else type(known)(value)
         except (KeyError, ValueError):
-            wrong.append(f"--set {text}: expected a {type(known).__name__} such as {known}")
+            wrong.append(f"--set {text}: expected {_KIND[type(known)]}")
     if wrong:
         raise UsageError(*wrong)
     return settings

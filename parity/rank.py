@@ -39,7 +39,7 @@ class Seat(NamedTuple):
 
 class Outcome(NamedTuple):
     """How a rank ended: `returned` (with its value pickled), `raised`, `lost` (it raised because
-    others went away), `died`, or `waiting` (at the deadline).
+    others went away), `died`, or, at the deadline, `waits` (in a collective) or `is` (elsewhere).
     """
 
     kind: str

@@ -174,8 +174,8 @@ def what_is_wrong(v: Verdict) -> str:
     where = f" at {list(v.place)}" if v.place else ""
     rho = f" (rho {v.rho:.3g})" if v.status == "drift" else ""
     return (
-        f"{v.status}: got {v.got:.6g}, want {v.want:.6g}{where}; relative error {v.error:.1e}{rho}, "
-        f"allowed {v.allowed:.1e}; {v.excess:.2g} times its bound in the worst row"
+        f"{v.status}: got {v.got:.6g}, want {v.want:.6g}{where}; relative error {v.error:.1e}"
+        f"{rho}, allowed {v.allowed:.1e}; {v.excess:.2g} times its bound in the worst row"
     )
 
 

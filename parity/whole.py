@@ -54,19 +54,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal to the bit: NaN equals the same NaN, and 0.0 is not -0.0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def _splits(boxes: Iterable[list[Piece]]) -> list[Finding]:
     for first, *others in boxes:
         for other in others:
-            if not same_bits(_vector(first.tensor), _vector(other.tensor)):
+            if not same_bits(first.tensor, other.tensor):
                 return [Finding("split", _split_text(first, other))]
     return []
-
-
-def _vector(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1)
 
 
 def _split_text(a: Piece, b: Piece) -> str:

@@ -16,7 +16,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-import heiretsu.comm
 import heiretsu.layers
 import heiretsu.model
 import heiretsu.pipeline

@@ -1,4 +1,4 @@
-"""Each planted bug turns its case red, first at the right tensor, and leaves its silent case green."""
+"""Each planted bug turns its case red, at the right tensor, and leaves its silent case green."""
 
 from __future__ import annotations
 

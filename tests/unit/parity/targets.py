@@ -47,6 +47,7 @@ def exit_on_0() -> None:
 def hang_on_1() -> None:
     if dist.get_rank() == 1:
         wait_for_ever()
+    dist.all_reduce(torch.zeros(1))
 
 
 def wait_for_ever() -> None:

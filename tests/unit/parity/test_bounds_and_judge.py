@@ -1,4 +1,4 @@
-"""The bound is measured: rounding stays below it in every dtype, and the smallest mistakes do not."""
+"""The bound is measured: rounding stays below it in every dtype, the smallest mistakes do not."""
 
 from __future__ import annotations
 
