@@ -1,10 +1,17 @@
-"""Is the parallel program the same function as the one-device program? PASS or FAIL, and where."""
+"""Is the parallel program the same function as the one-device program? PASS or FAIL, and where.
 
-from parity.bounds import nudge
-from parity.case import Case, Run
-from parity.errors import ParityError, RanksFailed, TraceError, UsageError
-from parity.launch import Backend, launch
-from parity.trace import Trace
+Names are loaded when they are first used: asking for help, or loading a plugin, needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from parity.bounds import nudge
+    from parity.case import Case, Run
+    from parity.errors import ParityError, RanksFailed, TraceError, UsageError
+    from parity.launcher import Backend, launch
+    from parity.trace import Trace
 
 __all__ = [
     "Backend",
@@ -19,3 +26,22 @@ __all__ = [
     "nudge",
 ]
 __version__ = "0.1.0"
+
+_HOME = {
+    "Backend": "launcher",
+    "Case": "case",
+    "ParityError": "errors",
+    "RanksFailed": "errors",
+    "Run": "case",
+    "launch": "launcher",
+    "Trace": "trace",
+    "TraceError": "errors",
+    "UsageError": "errors",
+    "nudge": "bounds",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"parity.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'parity' has no attribute '{name}'")

@@ -19,7 +19,7 @@ from parity import matrix as matrices
 from parity.case import Case, Run, Scalar, parse_axes
 from parity.errors import UsageError
 from parity.judge import Override
-from parity.launch import Backend
+from parity.launcher import Backend
 from parity.matrix import DTYPES, Matrix, Skip
 
 

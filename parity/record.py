@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from parity.case import Run
 from parity.errors import TraceError
-from parity.launch import Backend, launch
+from parity.launcher import Backend, launch
 from parity.plan import resolve
 from parity.trace import Recording, Trace
 

@@ -127,13 +127,22 @@ def plain(run: Run) -> Trace:
             if kind == "sgd":
                 trace.add("forward", "logits", logits)
                 record_plain_gradients(trace, model)
-            norms.append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM))
+            norms.append(clip(model))
             losses.append(loss.detach())
             optimizer.step()
         trace.add("norm", f"{kind} by step", torch.stack(norms))
         record_plain_state(trace, kind, model, optimizer)
         trace.add("loss", f"{kind} by step", torch.stack(losses))
     return trace
+
+
+def clip(model: PlainGPT) -> Tensor:
+    """torch's clipping, its norm in float32 at least, as heiretsu has it."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    norm = nn.utils.get_total_norm([grad.to(dtype) for grad in grads])
+    nn.utils.clip_grads_with_norm_(model.parameters(), MAX_NORM, norm)
+    return norm
 
 
 def load_plain(model: PlainGPT, values: dict[str, Tensor], seed: int) -> None:
