@@ -30,14 +30,16 @@ class Judged:
 class Result:
     """What became of a case: `pass`, `fail`, or `error` (it could not be run; `error` says why).
 
-    `diff` is the relative difference of what the forward put out, in the working dtype, from the
-    last baseline in the same dtype; 0.0 says equal to the bit.
+    `seconds` are those of the whole case, `judging` those of them after its ranks had ended. `diff`
+    is the relative difference of what the forward put out, in the working dtype, from the last
+    baseline in the same dtype; 0.0 says equal to the bit.
     """
 
     case: Case
     status: str
     judged: list[Judged]
     seconds: float
+    judging: float = 0.0
     diff: float | None = None
     error: str = ""
 
@@ -70,6 +72,7 @@ class Session:
         diffs: list[float] = []
         try:
             with record(self.plan.target, runs, self.plan.backend) as recordings:
+                ran = time.perf_counter() - start
                 for run, recording in zip(runs, recordings, strict=True):
                     wholes = _wholes(recording)
                     judged += self._judge(run, wholes)
@@ -80,7 +83,8 @@ class Session:
         if not judged:
             return Result(case, "error", [], seconds, error="its only baseline is the case itself")
         good = all(verdict.good for j in judged for verdict in j.verdicts)
-        return Result(case, "pass" if good else "fail", judged, seconds, max(diffs, default=None))
+        status = "pass" if good else "fail"
+        return Result(case, status, judged, seconds, seconds - ran, max(diffs, default=None))
 
     def _judge(self, run: Run, wholes: dict[Key, Whole]) -> Iterator[Judged]:
         for baseline in self.plan.baselines:
