@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from torch import Tensor
 
 from parity.bounds import NUDGES, Expected, measure
-from parity.case import Case, Run
+from parity.case import Case
 from parity.errors import ParityError, RanksFailed, TraceError
 from parity.judge import LOGIC
 from parity.plan import Baseline, Plan
@@ -75,24 +74,19 @@ class Baselines:
             replace(self.plan.run(where, dtype, self.plan.first_variant), nudge=nudge)
             for dtype, nudge in keys
         ]
+        # On CPU, runs of one rank go side by side, as many as there are cores.
+        alone = self.plan.backend.device == "cpu" and where.world == 1
+        lanes = min(len(runs), os.cpu_count() or 1) if alone else 1
+        # A case may take the deadline; these are as many runs as several cases have.
+        times = -(-len(runs) // len(self.plan.runs(where)))
+        backend = replace(self.plan.backend, deadline=times * self.plan.backend.deadline)
         try:
-            return dict(zip(keys, self._wholes(baseline, runs), strict=True))
+            with record(baseline.target, runs, backend, lanes) as recordings:
+                wholes = [_sound(baseline.name, recording) for recording in recordings]
         except RanksFailed as error:
             text = f"the baseline '{baseline.name}' could not be run"
             raise BaselineFailed(f"{text}\n{error}") from error
-
-    def _wholes(self, baseline: Baseline, runs: list[Run]) -> list[Wholes]:
-        """On CPU, runs of one rank go side by side, as many as there are cores."""
-        alone = self.plan.backend.device == "cpu" and baseline.case.world == 1
-        lanes = min(len(runs), os.cpu_count() or 1) if alone else 1
-
-        def lane(index: int) -> list[Wholes]:
-            with record(baseline.target, runs[index::lanes], self.plan.backend) as recordings:
-                return [_sound(baseline.name, recording) for recording in recordings]
-
-        with ThreadPoolExecutor(lanes) as pool:
-            parts = list(pool.map(lane, range(lanes)))
-        return [parts[i % lanes][i // lanes] for i in range(len(runs))]
+        return dict(zip(keys, wholes, strict=True))
 
 
 def _sound(name: str, recording: Recording) -> Wholes:
@@ -102,6 +96,8 @@ def _sound(name: str, recording: Recording) -> Wholes:
         whole = join(recording.pieces(key), recording.shapes(key))
         if whole.tensor is None or whole.findings:
             raise TraceError(f"the baseline '{name}', {key}: {whole.findings[0].text}")
+        if not whole.tensor.isfinite().all():
+            raise TraceError(f"the baseline '{name}', {key}: it is not finite, and no yardstick")
         wholes[key] = whole.tensor.clone()
     if not wholes:
         raise TraceError(f"the baseline '{name}' recorded nothing, so nothing can be compared")

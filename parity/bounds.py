@@ -66,11 +66,16 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.reshape(-1, 1)
 
 
+def as_float64(tensor: Tensor) -> Tensor:
+    """For comparing: complex numbers as pairs, in a dimension of their own."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
+
+
 def measure(exact: Tensor, truth: Tensor, disturbed: list[Tensor]) -> Expected:
     """`exact` and `disturbed` are in the working dtype, `truth` in float64; all of one shape."""
-    truth = truth.double()
+    truth = as_float64(truth)
     unit = rounding(exact.dtype)
-    squares = [rows(other.double() - truth).square().sum(1) for other in disturbed]
+    squares = [rows(as_float64(other) - truth).square().sum(1) for other in disturbed]
     # One rounding of the result itself, at the scale of the whole tensor: a row far smaller than
     # the others was summed from terms of their size.
     floor = unit * unit * rows(truth).square().sum(1).mean() if truth.numel() else 0.0
@@ -79,7 +84,8 @@ def measure(exact: Tensor, truth: Tensor, disturbed: list[Tensor]) -> Expected:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    return float(torch.finfo(dtype).eps)
+    """The distance from 1 to the next number; 0 for integers and booleans, which do not round."""
+    return float(torch.finfo(dtype).eps) if dtype.is_floating_point or dtype.is_complex else 0.0
 
 
 @torch.no_grad()

@@ -55,8 +55,8 @@ def _add_how(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--dtype", action="append", metavar="DTYPE", help="instead of the matrix's; repeatable")
     add("--steps", type=_positive, metavar="N", help="training steps per run")
-    add("--thresh", type=float, metavar="X", help="allow a relative error of X everywhere")
-    add("--deadline", type=float, metavar="S", help="seconds that a case may take")
+    add("--thresh", type=_above_zero, metavar="X", help="allow a relative error of X everywhere")
+    add("--deadline", type=_above_zero, metavar="S", help="seconds that a case may take")
     add("--json", type=Path, metavar="FILE", help="write the report there too")
     add("--fail-fast", action="store_true", help="stop after the first case that did not pass")
     add("-v", "--verbose", action="store_true", help="print every tensor that is wrong")
@@ -66,6 +66,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
+    return number
+
+
+def _above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be more than 0")
     return number
 
 
@@ -125,39 +132,50 @@ def _run(args: argparse.Namespace) -> int:
     from parity import report as reports
     from parity.plan import prepare
 
+    if args.json and not args.json.resolve().parent.is_dir():
+        raise UsageError(f"--json {args.json}: its folder does not exist; make it first")
     plan, skipped = prepare(args.matrix, _wish(args))
     if not plan.cases:
         raise UsageError(
             "nothing to run: every case is skipped",
             *(f"{skip.case.id}: {skip.reason}" for skip in skipped),
         )
-    done = _execute(plan, args, skipped)
+    done, finished = _execute(plan, args, skipped)
     print(f"\n{reports.text(done, verbose=args.verbose)}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(reports.as_json(done), indent=1) + "\n")
+    if not finished:
+        raise KeyboardInterrupt
     return done.exit_code
 
 
-def _execute(plan: Plan, args: argparse.Namespace, skipped: Sequence[Skip]) -> Report:
+def _execute(plan: Plan, args: argparse.Namespace, skipped: Sequence[Skip]) -> tuple[Report, bool]:
+    """Run the cases. On Ctrl-C what is finished is reported all the same: (report, False)."""
     from parity.report import Report, one_line
     from parity.run import Result, Session
 
-    start = time.perf_counter()
+    start, finished = time.perf_counter(), True
     session, results = Session(plan), list[Result]()
     progress, baseline_seconds = Progress(len(plan.cases)), 0.0
-    for case in plan.cases:
-        progress.show("the baselines" if not session.baselines.is_ready(case) else case.id)
-        before = time.perf_counter()
-        session.baselines.prepare(case)
-        baseline_seconds += time.perf_counter() - before
-        progress.show(case.id)
-        results.append(session.result(case))
-        progress.line(one_line(results[-1]))
-        if args.fail_fast and results[-1].status != "pass":
-            break
+    try:
+        for case in plan.cases:
+            progress.show(case.id if session.baselines.is_ready(case) else "the baselines")
+            before = time.perf_counter()
+            session.baselines.prepare(case)
+            baseline_seconds += time.perf_counter() - before
+            progress.show(case.id)
+            results.append(session.result(case))
+            progress.line(one_line(results[-1]))
+            if args.fail_fast and results[-1].status != "pass":
+                break
+    except KeyboardInterrupt:
+        if not results:
+            raise
+        finished = False
     seconds = time.perf_counter() - start
-    again = f"parity run {args.matrix}"
-    return Report(plan, again, results, skipped, seconds, baseline_seconds)
+    command = f"parity run {args.matrix}"
+    report = Report(plan, command, results, skipped, seconds, baseline_seconds)
+    return report, finished
 
 
 class Progress:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parity.bounds import ALLOWED, Expected, rounding, rows
+from parity.bounds import ALLOWED, Expected, as_float64, rounding, rows
 from parity.trace import Key
 from parity.whole import Finding, Whole, same_bits
 
@@ -79,27 +79,29 @@ def _compare(
 ) -> Verdict:
     if got is None:
         return Verdict(key, "hole")
-    if got.shape != expected.truth.shape:
-        text = f"its shape is {tuple(got.shape)}, the baseline's {tuple(expected.truth.shape)}"
+    if got.shape != expected.exact.shape:
+        text = f"its shape is {tuple(got.shape)}, the baseline's {tuple(expected.exact.shape)}"
         return Verdict(key, "shape", text)
     if got.dtype != expected.exact.dtype:
         text = f"its dtype is {got.dtype}, the baseline's {expected.exact.dtype}"
         return Verdict(key, "dtype", text)
-    if not got.isfinite().all() and expected.truth.isfinite().all():
+    if not got.isfinite().all():
         count = got.numel() - int(got.isfinite().sum())
         return Verdict(key, "nan", f"{count} of {got.numel()} elements are not finite")
     return _measure(key, got, expected, override)
 
 
 def _measure(key: Key, got: Tensor, expected: Expected, override: Override | None) -> Verdict:
-    difference = got.double() - expected.truth
+    difference = as_float64(got) - expected.truth
     off = rows(difference).square().sum(1).sqrt()
     distance = off.square().sum().sqrt().item()
     scale = natural_scale(expected)
     allowed = override.bound if override else ALLOWED * expected.total / scale
     ratio = off / (ALLOWED * expected.noise)
     ratio[off == 0] = 0.0  # also where no error and no noise meet
-    excess = distance / scale / allowed if override else ratio.max().item()
+    excess = ratio.amax().item() if ratio.numel() else 0.0
+    if override:
+        excess = distance / scale / override.bound
     verdict = Verdict(
         key,
         status="ok" if excess <= 1 else _wrong(got.dtype),
@@ -120,9 +122,9 @@ def natural_scale(expected: Expected) -> float:
     rounding (a gradient that cancels to zero), the size of what was summed: noise per rounding.
     """
     norm = expected.truth.square().sum().sqrt().item()
-    return (
-        norm if norm > ALLOWED * expected.total else expected.total / rounding(expected.exact.dtype)
-    )
+    if norm > ALLOWED * expected.total:
+        return norm
+    return expected.total / (rounding(expected.exact.dtype) or 1.0) or 1.0
 
 
 def _wrong(dtype: torch.dtype) -> str:
@@ -136,9 +138,10 @@ def _locate(
     column = int(rows(difference)[row].abs().argmax())
     width = rows(difference).shape[1]
     flat = row * width + column
-    place = torch.unravel_index(torch.tensor(flat), got.shape) if got.ndim else ()
+    shape = difference.shape
+    place = torch.unravel_index(torch.tensor(flat), shape) if shape else ()
     return verdict._replace(
         place=tuple(int(i) for i in place),
-        got=got.reshape(-1)[flat].item(),
+        got=as_float64(got).reshape(-1)[flat].item(),
         want=expected.truth.reshape(-1)[flat].item(),
     )

@@ -16,7 +16,7 @@ import signal
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -64,41 +64,51 @@ def launch(
     The function must be importable, its result picklable. Inside it torch.distributed is
     initialised, also for one rank. Raises RanksFailed unless every rank returned.
     """
+    return launch_groups(function, world, [args], backend=backend)[0]
+
+
+def launch_groups(
+    function: Callable[..., Any],
+    world: int,
+    groups: Sequence[tuple[Any, ...]],
+    *,
+    backend: Backend | None = None,
+) -> list[list[Any]]:
+    """As `launch`, for several groups side by side that know nothing of each other: one for each
+    element of `groups`, which holds its arguments. One that fails ends them all.
+    """
     backend = backend or Backend()
     with tempfile.TemporaryDirectory(prefix="parity-") as name:
         ranks: list[_Rank] = []
         try:
-            for number in range(world):
-                ranks.append(_start(number, world, Path(name), backend, function, args))
+            for index, args in enumerate(groups):
+                folder = Path(name) / f"group{index}"
+                for number in range(world):
+                    seat = rank_side.Seat(
+                        number, world, backend.name, backend.device, backend.deadline, str(folder)
+                    )
+                    ranks.append(_start(seat, function, args))
             _supervise(ranks, time.monotonic() + backend.deadline)
-            if any(r.outcome is None or r.outcome.kind != "returned" for r in ranks):
+            outcomes = [r.outcome for r in ranks if r.outcome is not None]
+            if any(outcome.kind != "returned" for outcome in outcomes):
                 raise _failure(ranks, backend)
-            return [pickle.loads(r.outcome.value) for r in ranks if r.outcome]  # noqa: S301
+            values = [pickle.loads(outcome.value) for outcome in outcomes]  # noqa: S301
+            return [values[i * world : (i + 1) * world] for i in range(len(groups))]
         finally:
             _end(ranks)
 
 
-def _start(
-    number: int,
-    world: int,
-    folder: Path,
-    backend: Backend,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> _Rank:
+def _start(seat: rank_side.Seat, function: Callable[..., Any], args: tuple[Any, ...]) -> _Rank:
     context = _context()
-    own = folder / f"rank{number}"
-    own.mkdir()
+    own = Path(seat.folder) / f"rank{seat.rank}"
+    own.mkdir(parents=True)
     ours, theirs = context.Pipe(duplex=False)
-    seat = rank_side.Seat(
-        number, world, backend.name, backend.device, backend.deadline, str(folder)
-    )
     process = context.Process(
-        target=rank_side.main, args=(theirs, seat, function, args), name=f"parity rank {number}"
+        target=rank_side.main, args=(theirs, seat, function, args), name=f"parity rank {seat.rank}"
     )
     process.start()
     theirs.close()
-    return _Rank(number, process, ours, own)
+    return _Rank(seat.rank, process, ours, own)
 
 
 def _context() -> mp.context.ForkServerContext:

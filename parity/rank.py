@@ -63,7 +63,6 @@ def main(pipe: Connection, seat: Seat, function: Callable[..., Any], args: tuple
 def _settle(seat: Seat) -> None:
     """Signals, output and scheduling, before any of the user's code runs."""
     _die_with_the_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends the ranks
     own = Path(seat.folder) / f"rank{seat.rank}"
     log = os.open(own / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -98,8 +97,13 @@ def _call(seat: Seat, function: Callable[..., Any], args: tuple[Any, ...]) -> An
     import torch
     import torch.distributed as dist
 
+    device = None
     if seat.device == "cuda":
-        torch.cuda.set_device(seat.rank)
+        device = torch.device("cuda", seat.rank)
+        torch.cuda.set_device(device)
+        # Atomic additions make copies of one gradient differ in their last bits.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     else:
         torch.set_num_threads(1)
     store = dist.FileStore(  # type: ignore[attr-defined]
@@ -111,6 +115,7 @@ def _call(seat: Seat, function: Callable[..., Any], args: tuple[Any, ...]) -> An
         rank=seat.rank,
         world_size=seat.world,
         timeout=timedelta(seconds=seat.deadline + 60),  # ours comes first, and says more
+        device_id=device,
     )
     value = function(*args)
     dist.destroy_process_group()

@@ -170,7 +170,8 @@ def _failure(report: Report, result: Result, verbose: bool) -> str:
 def what_is_wrong(v: Verdict) -> str:
     """One verdict in words: what was got, what was wanted, how far beyond what was allowed."""
     if v.status not in ("bug", "drift"):
-        return f"{v.status}: {v.text}"
+        size = f"; relative error {v.error:.1e}, allowed {v.allowed:.1e}" if v.elements else ""
+        return f"{v.status}: {v.text}{size}"
     where = f" at {list(v.place)}" if v.place else ""
     rho = f" (rho {v.rho:.3g})" if v.status == "drift" else ""
     return (

@@ -2,6 +2,8 @@
 a fork) and must not touch CUDA (a context does not either).
 """
 
+import signal
+
 import safetensors.torch
 import torch
 import torch._dynamo  # what the first optimizer of a process would import, in every rank
@@ -9,3 +11,5 @@ import torch.distributed
 import torch.distributed.device_mesh
 
 torch.set_num_threads(1)
+# Ranks inherit it: on Ctrl-C the parent ends them, and they say nothing of their own.
+signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -90,6 +90,12 @@ def baseline(run: Run) -> Trace:
     return trace
 
 
+def infinite_baseline(run: Run) -> Trace:
+    trace = Trace()
+    trace.add("forward", "x", whole(run) / 0)
+    return trace
+
+
 def deaf_baseline(run: Run) -> Trace:
     trace = Trace()
     trace.add("forward", "ones", torch.ones(3, dtype=getattr(torch, run.dtype)))

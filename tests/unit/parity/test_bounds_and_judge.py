@@ -188,3 +188,22 @@ def test_rows_are_elements_of_vectors_and_last_dims_of_all_else(
     shape: tuple[int, ...], count: int
 ) -> None:
     assert len(rows(torch.zeros(shape))) == count
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex128, torch.complex64])
+def test_what_is_no_real_number_is_compared_too(dtype: torch.dtype) -> None:
+    value = torch.tensor([[1, 0], [0, 1]]).to(dtype)
+    wide = value.to(torch.complex128) if dtype.is_complex else value
+    e = measure(value, wide, [wide.to(dtype)] * NUDGES)
+    assert judge(KEY, Whole(value.clone(), 0, []), e).good
+    wrong = value.clone()
+    wrong[1, 0] = 1j if dtype.is_complex else 1
+    verdict = judge(KEY, Whole(wrong, 0, []), e)
+    assert not verdict.good
+    assert verdict.place[:2] == (1, 0)
+
+
+def test_an_empty_tensor_is_equal_to_itself() -> None:
+    empty = torch.zeros(0, 4, dtype=torch.float64)
+    e = measure(empty, empty, [empty] * NUDGES)
+    assert judge(KEY, Whole(empty.clone(), 0, []), e).good

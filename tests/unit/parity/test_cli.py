@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,6 +142,9 @@ def test_fail_fast_stops_after_the_first_that_did_not_pass(parity: Call) -> None
         (["--device", "cuda"], "--device cuda: no GPU is visible; use --device cpu"),
         (["--dtype", "float31"], "--dtype float31: unknown (known: float64, float32, bfloat16, "),
         (["--set", "wrogn=x"], "--set wrogn=x: write it as KEY=VALUE, with a key of: wrong, size"),
+        (["--json", "/nothing/r.json"], "--json /nothing/r.json: its folder does not exist; make"),
+        (["--thresh", "0"], "argument --thresh: 0 must be more than 0"),
+        (["--deadline", "-1"], "argument --deadline: -1 must be more than 0"),
         (["--set", "size=x"], "--set size=x: expected a whole number"),
         (["--max-world", "0"], "argument --max-world: 0 must be 1 or more"),
     ],
@@ -164,6 +168,7 @@ def test_a_users_mistake_is_2_with_one_message_and_no_traceback(
         ("tests.unit.parity.targets:candidate", "nowhere:x", 2, "nowhere:x: No module named"),
         (":baseline", ":empty", 3, "the baseline 'plain' recorded nothing"),
         (":baseline", ":deaf_baseline", 3, "call parity.nudge(parameter, name, run.nudge)"),
+        (":baseline", ":infinite_baseline", 3, "forward of x: it is not finite, and no yardstick"),
         (":baseline", ":no_trace", 3, "returned NoneType, not a parity.Trace"),
         (":candidate", ":empty", 3, "the baseline 'one-rank' recorded nothing"),
         ("max_world: 3", "max_world: 3\nexclude: [{n: 1}, {n: 2}, {n: 3}]", 2, "nothing to run"),
@@ -217,6 +222,27 @@ def test_the_json_report_holds_what_the_text_says(parity: Call, tmp_path: Path) 
     assert check["error"] == pytest.approx(5e-4, rel=1)
     assert check["allowed"] < 1e-12
     assert report["compared"] == {"tensors": 20, "elements": 250}
+
+
+def test_ctrl_c_ends_the_ranks_and_reports_what_was_finished(tmp_path: Path) -> None:
+    """n1 passes, n2 hangs; the signal goes to the whole group, as a terminal sends it."""
+    (tmp_path / "matrix.yaml").write_text(MATRIX.replace("wrong: ''", "wrong: hang"))
+    running = subprocess.Popen(
+        [sys.executable, "-u", "-m", "parity", "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline().startswith("PASS  n1")
+    os.killpg(running.pid, signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "PASS (1):\n  n=1  (diff=0.0)" in out
+    assert err == "parity: interrupted; all ranks are ended\n"
 
 
 def test_list_shows_cases_and_skips_with_reasons(parity: Call) -> None:

@@ -1,0 +1,111 @@
+"""What the README shows is what happens: files are written out, commands run, outputs compared.
+
+Numbers and column widths differ from run to run and are not compared. `python -m tests.test_readme`
+writes the outputs anew.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from parity.cli import parser
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+FILE = re.compile(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", re.DOTALL)
+OUTPUT = re.compile(r"<!-- output: (.*?) -->\n```\n(.*?)```", re.DOTALL)
+REMOVED = "  (without the all_reduce)"
+
+
+def run(command: str, folder: Path) -> str:
+    """The command's output from its table on; run in the checkout, or beside the README's files."""
+    for name, text in FILE.findall(README.read_text()):
+        if REMOVED in command:
+            text = re.sub(r".*dist\.all_reduce.*\n", "", text)
+        (folder / name).write_text(text)
+    shown = command.removesuffix(REMOVED)
+    words = shown.split()
+    if words[0] == "parity":
+        words = [sys.executable, "-m", *words]
+    done = subprocess.run(
+        words,
+        cwd=ROOT if "suite" in shown else folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": path()},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == (1 if REMOVED in command else 0), done.stdout + done.stderr
+    return done.stdout[done.stdout.index("\ncase ") + 1 :]
+
+
+def path() -> str:
+    """With this interpreter first, so that the scripts find what they need in it."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def without_numbers(text: str) -> str:
+    text = re.sub(r"\d[\d.,]*(e[-+]?\d+)?", "#", text)
+    return re.sub(r"[ -]{2,}", " ", text).strip()
+
+
+@pytest.mark.parametrize(("command", "shown"), OUTPUT.findall(README.read_text()))
+def test_the_output_shown_is_the_output(command: str, shown: str, tmp_path: Path) -> None:
+    assert without_numbers(run(command, tmp_path)) == without_numbers(shown)
+
+
+def test_the_example_passes_as_it_stands(tmp_path: Path) -> None:
+    out = run("parity run", tmp_path)
+    assert "PASS (3):\n  tp=1  (diff=0.0)" in out
+    assert "FAIL (0):" in out
+
+
+def test_every_option_named_exists() -> None:
+    text = "".join(p.read_text() for p in (README, *(ROOT / "docs").glob("*.md")))
+    help_texts = ""
+    for arguments in (["run", "-h"], ["list", "-h"]):
+        from contextlib import redirect_stdout, suppress
+        from io import StringIO
+
+        with redirect_stdout(StringIO()) as out, suppress(SystemExit):
+            parser().parse_args(arguments)
+        help_texts += out.getvalue()
+    from heiretsu.__main__ import parser as heiretsu_parser
+
+    with redirect_stdout(StringIO()) as out, suppress(SystemExit):
+        heiretsu_parser().parse_args(["train", "-h"])
+    known = set(re.findall(r"--[a-z][\w-]*", help_texts + out.getvalue()))
+    known |= {"--standalone", "--nproc_per_node"}  # torchrun's
+    assert set(re.findall(r"--[a-z][\w-]*", text)) <= known
+
+
+def test_the_documented_keys_are_the_keys() -> None:
+    from parity.matrix import Matrix
+
+    keys = set(re.findall(r"^\| (`.*?) \|", (ROOT / "docs/matrix.md").read_text(), re.MULTILINE))
+    assert {name for key in keys for name in re.findall(r"`(\w+)`", key)} == set(
+        Matrix.model_fields
+    )
+
+
+def test_files_that_are_linked_exist() -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", README.read_text()):
+        assert (ROOT / link).is_file(), link
+
+
+if __name__ == "__main__":
+    text = README.read_text()
+    for command, old in OUTPUT.findall(text):
+        with tempfile.TemporaryDirectory() as folder:
+            new = run(command, Path(folder))
+        start = f"<!-- output: {command} -->\n```\n"
+        text = text.replace(start + old + "```", start + new + "```")
+    README.write_text(text)
