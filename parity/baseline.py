@@ -68,8 +68,8 @@ class Baselines:
     ) -> dict[tuple[str, int], Wholes]:
         """The wholes by (dtype, nudge). The truth, in float64, is needed whatever is judged."""
         where = replace(baseline.case, options=case.options)
-        dtypes = dict.fromkeys([LOGIC, *self.plan.dtypes])
-        keys = [(dtype, nudge) for dtype in dtypes for nudge in nudges]
+        judged = [(dtype, nudge) for dtype in self.plan.dtypes for nudge in nudges]
+        keys = list(dict.fromkeys([(LOGIC, 0), *judged]))
         runs = [
             replace(self.plan.run(where, dtype, self.plan.first_variant), nudge=nudge)
             for dtype, nudge in keys
@@ -107,17 +107,29 @@ def _sound(name: str, recording: Recording) -> Wholes:
 def _check(wholes: dict[str, dict[tuple[str, int], Wholes]]) -> None:
     """Baselines record the same tensors, and the first of them heeds its disturbances."""
     (first, runs), *others = wholes.items()
-    start, *rest = runs.items()
-    for (dtype, nudge), other in rest:
-        if dtype == start[0][0] and all(same_bits(other[key], start[1][key]) for key in other):
+    for (dtype, nudge), disturbed in runs.items():
+        start = runs[dtype, 0]
+        if nudge and all(same_bits(tensor, start[key]) for key, tensor in disturbed.items()):
             raise TraceError(
                 f"the baseline '{first}' gives the same bits under nudge {nudge} as without: call "
                 "parity.nudge(parameter, name, run.nudge) for each of its initial parameters"
             )
     for name, own in others:
-        for key in start[1].keys() ^ own[start[0]].keys():
-            by, without = (first, name) if key in start[1] else (name, first)
+        for at, tensors in own.items():
+            _check_alike(first, runs[at], name, tensors)
+
+
+def _check_alike(first: str, a: Wholes, second: str, b: Wholes) -> None:
+    for key in [*a, *b]:
+        if key not in a or key not in b:
+            by, without = (first, second) if key in a else (second, first)
             raise TraceError(f"{key} is recorded by the baseline '{by}' and not by '{without}'")
+        x, y = a[key], b[key]
+        if x.shape != y.shape or x.dtype != y.dtype:
+            raise TraceError(
+                f"{key} is {tuple(x.shape)} {x.dtype} in the baseline '{first}', and "
+                f"{tuple(y.shape)} {y.dtype} in '{second}'"
+            )
 
 
 def _options_id(case: Case) -> str:

@@ -17,6 +17,7 @@ from parity.run import Judged, Result
 from parity.trace import CHECKS
 
 SCHEMA = 1  # of the JSON report: raised when a reader of the old one would misread the new one
+LOOSE = 1e-6  # mistakes of logic begin about here, so a larger bound decides little
 PIECES = ("split", "hole", "overlap")
 
 
@@ -208,7 +209,26 @@ def _counts(report: Report) -> str:
     ]
     if seen:
         lines.append(f"any relative error above these would have been flagged: {', '.join(seen)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_caveats(report, [j for r in ran for j in r.judged])])
+
+
+def _caveats(report: Report, judged: Sequence[Judged]) -> list[str]:
+    """What a green run does not say."""
+    if LOGIC not in report.plan.dtypes:
+        return [f"logic was not judged: {LOGIC} is not among the dtypes"]
+    loose = {
+        v.key: v.allowed
+        for j in judged
+        for v in j.verdicts
+        if j.run.dtype == LOGIC and v.allowed > LOOSE
+    }
+    if not loose:
+        return []
+    worst = max(loose, key=lambda key: loose[key])
+    return [
+        f"hardly judged, since rounding alone moves them that far: {len(loose)} tensors, such as "
+        f"{worst} (a relative error of {loose[worst]:.1e} would pass)"
+    ]
 
 
 def _summary(report: Report) -> str:

@@ -96,6 +96,25 @@ def infinite_baseline(run: Run) -> Trace:
     return trace
 
 
+def wider_baseline(run: Run) -> Trace:
+    """Broadcasts against the others' (24,), and must not."""
+    trace = Trace()
+    trace.add("forward", "doubled", whole(run).view(24, 1) * 2)
+    trace.add("loss", "sum", whole(run).sum())
+    return trace
+
+
+def chaotic_baseline(run: Run) -> Trace:
+    """Takes a rounding to the size of the whole."""
+    x = whole(run)
+    for _ in range(60):
+        x = 4 * (x - x.floor()) * (1 - (x - x.floor()))
+    trace = Trace()
+    trace.add("forward", "doubled", x)
+    trace.add("loss", "sum", x.sum())
+    return trace
+
+
 def deaf_baseline(run: Run) -> Trace:
     trace = Trace()
     trace.add("forward", "ones", torch.ones(3, dtype=getattr(torch, run.dtype)))

@@ -169,6 +169,18 @@ def test_a_users_mistake_is_2_with_one_message_and_no_traceback(
         (":baseline", ":empty", 3, "the baseline 'plain' recorded nothing"),
         (":baseline", ":deaf_baseline", 3, "call parity.nudge(parameter, name, run.nudge)"),
         (":baseline", ":infinite_baseline", 3, "forward of x: it is not finite, and no yardstick"),
+        (
+            f"  plain: {TARGETS}:baseline",
+            f"  plain: {TARGETS}:baseline\n  wide: {TARGETS}:wider_baseline",
+            3,
+            "forward of doubled is (24,) torch.float64 in the baseline 'plain', and (24, 1)",
+        ),
+        (
+            f"  plain: {TARGETS}:baseline",
+            f"  plain: {TARGETS}:baseline\n  other: {TARGETS}:deaf_baseline",
+            3,
+            "forward of doubled is recorded by the baseline 'plain' and not by 'other'",
+        ),
         (":baseline", ":no_trace", 3, "returned NoneType, not a parity.Trace"),
         (":candidate", ":empty", 3, "the baseline 'one-rank' recorded nothing"),
         ("max_world: 3", "max_world: 3\nexclude: [{n: 1}, {n: 2}, {n: 3}]", 2, "nothing to run"),
@@ -243,6 +255,17 @@ def test_ctrl_c_ends_the_ranks_and_reports_what_was_finished(tmp_path: Path) -> 
     assert running.returncode == 130
     assert "PASS (1):\n  n=1  (diff=0.0)" in out
     assert err == "parity: interrupted; all ranks are ended\n"
+
+
+def test_what_a_green_run_does_not_say_is_said(parity: Call) -> None:
+    code, out, _ = parity("run", "--dtype", "float32")
+    assert code == 0
+    assert "logic was not judged: float64 is not among the dtypes" in out
+    loose = MATRIX.replace(":baseline", ":chaotic_baseline").replace(
+        ":candidate", ":chaotic_baseline"
+    )
+    code, out, _ = parity("run", "--case", "n2", matrix=loose.replace("  one-rank: {case: n1}", ""))
+    assert "hardly judged, since rounding alone moves them that far: 2 tensors, such as" in out
 
 
 def test_list_shows_cases_and_skips_with_reasons(parity: Call) -> None:
