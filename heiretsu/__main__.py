@@ -69,7 +69,7 @@ def objections(args: argparse.Namespace, world: int) -> list[str]:
     """Everything that is wrong with the command, before a group is made or a file is drawn from."""
     found = [
         f"--{axis} {size} must be 1 or more"
-        for axis in ("dp", "tp", "pp")
+        for axis in ("dp", "tp", "pp", "steps")
         if (size := getattr(args, axis)) < 1
     ]
     if found:

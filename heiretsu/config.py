@@ -94,6 +94,11 @@ def _run_problems(run: Run) -> list[str]:
     ):
         if value not in known:
             found.append(f"{name}={value} is unknown (known: {', '.join(known)})")
+    for name, amount in (("lr", run.lr), ("max_norm", run.max_norm)):
+        if not 0 < amount < float("inf"):
+            found.append(f"{name}={amount} must be a number above 0")
+    if not 0 <= run.weight_decay < float("inf"):
+        found.append(f"weight_decay={run.weight_decay} must be 0 or a number above it")
     for name, number in (("microbatches", run.microbatches), ("sequence", run.sequence)):
         if number < 1:
             found.append(f"{name}={number} must be 1 or more")

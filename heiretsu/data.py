@@ -88,6 +88,8 @@ def _mapped(path: Path) -> Tensor:
                 f"{path}: magic {magic}, version {version} is no token file; "
                 f"expected {MAGIC}, {VERSION} (GPT-2 shards of FineWeb)"
             )
+        if count < 1:
+            raise DataError(f"{path}: its header promises {count} tokens; there is nothing to read")
         if size != HEADER_BYTES + 2 * count:
             raise DataError(
                 f"{path}: its header promises {count} tokens, {HEADER_BYTES + 2 * count} bytes; "

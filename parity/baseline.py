@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from parity.bounds import NUDGES, Expected, measure
+from parity.bounds import LOOSE, NUDGES, Expected, as_float64, measure, norm
 from parity.case import Case
 from parity.errors import ParityError, RanksFailed, TraceError
 from parity.judge import LOGIC
@@ -53,15 +53,31 @@ class Baselines:
         _check(wholes)
         disturbed = wholes[first.name]
         for name, own in wholes.items():
+            largest = _largest(own[LOGIC, 0])
             for dtype in self.plan.dtypes:
-                self._expected[name, dtype, _options_id(case)] = {
+                expected = {
                     key: measure(
                         exact,
                         own[LOGIC, 0][key],
                         [disturbed[dtype, n][key] for n in range(1, NUDGES + 1)],
+                        largest[key.check],
                     )
                     for key, exact in own[dtype, 0].items()
                 }
+                if dtype == LOGIC:
+                    self._check_noise(first.name, expected)
+                self._expected[name, dtype, _options_id(case)] = expected
+
+    def _check_noise(self, name: str, expected: dict[Key, Expected]) -> None:
+        """Noise of the size of a mistake would excuse every mistake."""
+        for key, e in expected.items():
+            spared = any(override.covers(key) for override in self.plan.overrides)
+            if e.total > LOOSE * e.scale and not spared:
+                raise TraceError(
+                    f"the baseline '{name}', {key}: it moves by {e.total / e.scale:.1e} of its "
+                    "size when its parameters move by one rounding, so nothing can be held against "
+                    "it; seed it (dropout, data) by run.seed alone, or make it less chaotic"
+                )
 
     def _run(
         self, baseline: Baseline, case: Case, nudges: Sequence[int]
@@ -130,6 +146,14 @@ def _check_alike(first: str, a: Wholes, second: str, b: Wholes) -> None:
                 f"{key} is {tuple(x.shape)} {x.dtype} in the baseline '{first}', and "
                 f"{tuple(y.shape)} {y.dtype} in '{second}'"
             )
+
+
+def _largest(wholes: Wholes) -> dict[str, float]:
+    """The largest norm of each check's records."""
+    largest: dict[str, float] = {}
+    for key, whole in wholes.items():
+        largest[key.check] = max(largest.get(key.check, 0.0), norm(as_float64(whole)))
+    return largest
 
 
 def _options_id(case: Case) -> str:

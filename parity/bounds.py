@@ -22,6 +22,7 @@ from torch import Tensor
 
 NUDGES = 8  # disturbed runs of the first baseline per dtype
 FALSE_ALARM = 1e-12  # the chance that one row of one right tensor is called wrong
+LOOSE = 1e-6  # mistakes of logic begin about here: noise or bounds beyond it decide little
 
 
 def t_quantile(chance: float, dof: int) -> float:
@@ -55,6 +56,7 @@ class Expected(NamedTuple):
     truth: Tensor  # the float64 baseline's whole, as float64
     noise: Tensor  # per row, float64: root mean square distance of the disturbed runs from truth
     total: float  # the same for the whole tensor
+    scale: float  # what errors are relative to
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -71,16 +73,45 @@ def as_float64(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
 
 
-def measure(exact: Tensor, truth: Tensor, disturbed: list[Tensor]) -> Expected:
-    """`exact` and `disturbed` are in the working dtype, `truth` in float64; all of one shape."""
+def measure(exact: Tensor, truth: Tensor, disturbed: list[Tensor], largest: float) -> Expected:
+    """`exact` and `disturbed` are in the working dtype, `truth` in float64; all of one shape.
+
+    `largest` is the largest norm of any record of the same check.
+    """
     truth = as_float64(truth)
-    unit = rounding(exact.dtype)
     squares = [rows(as_float64(other) - truth).square().sum(1) for other in disturbed]
-    # One rounding of the result itself, at the scale of the whole tensor: a row far smaller than
-    # the others was summed from terms of their size.
-    floor = unit * unit * rows(truth).square().sum(1).mean() if truth.numel() else 0.0
-    per_row = torch.stack(squares).mean(0) + floor
-    return Expected(exact, truth, per_row.sqrt(), per_row.sum().sqrt().item())
+    noise = (torch.stack(squares).mean(0) + _floor(truth, rounding(exact.dtype)).square()).sqrt()
+    total = norm(noise)
+    return Expected(exact, truth, noise, total, _scale(norm(truth), total, exact.dtype, largest))
+
+
+def _floor(truth: Tensor, unit: float) -> Tensor:
+    """Per row, one rounding of the result itself: of a typical element of the row, and of the
+    whole tensor, since small rows are summed from terms of that size. Medians, because one huge
+    element (a masked logit) must not excuse the others.
+    """
+    cells = rows(truth).abs()
+    if not cells.numel():
+        return cells.sum(1)
+    width = float(cells.shape[1])
+    typical = cells.median(1).values.square() + cells.median().square()
+    return torch.sqrt(typical * width) * unit
+
+
+def _scale(size: float, noise: float, dtype: torch.dtype, largest: float) -> float:
+    """The norm of the truth. Where that is nothing but rounding (a gradient that cancels to zero),
+    the size of what was summed, which is noise per rounding, and at most that of its companions.
+    """
+    if size > ALLOWED * noise:
+        return size
+    summed = noise / (rounding(dtype) or 1.0)
+    return max(size, min(summed, largest)) or 1.0
+
+
+def norm(tensor: Tensor) -> float:
+    """The 2-norm, without overflow of the squares."""
+    peak = tensor.abs().max().item() if tensor.numel() else 0.0
+    return peak * (tensor / peak).square().sum().sqrt().item() if peak else 0.0
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -63,14 +63,17 @@ def _add_how(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.lstrip("-").isdigit() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
     return number
 
 
 def _above_zero(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be more than 0")
     return number
@@ -78,7 +81,8 @@ def _above_zero(text: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _terminate)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _terminate)
     try:
         return _run(args) if args.command == "run" else _list(args)
     except ParityError as error:
@@ -95,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _terminate(*_: object) -> None:
-    """SIGTERM as Ctrl-C, so that ranks are ended and folders removed on the way out."""
+    """SIGTERM and SIGHUP as Ctrl-C, so that ranks are ended and folders removed on the way out."""
     raise KeyboardInterrupt
 
 
@@ -132,8 +136,8 @@ def _run(args: argparse.Namespace) -> int:
     from parity import report as reports
     from parity.plan import prepare
 
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise UsageError(f"--json {args.json}: its folder does not exist; make it first")
+    if args.json and (not args.json.resolve().parent.is_dir() or args.json.is_dir()):
+        raise UsageError(f"--json {args.json}: it must be a file in a folder that exists")
     plan, skipped = prepare(args.matrix, _wish(args))
     if not plan.cases:
         raise UsageError(
@@ -161,10 +165,16 @@ def _execute(plan: Plan, args: argparse.Namespace, skipped: Sequence[Skip]) -> t
         for case in plan.cases:
             progress.show(case.id if session.baselines.is_ready(case) else "the baselines")
             before = time.perf_counter()
-            session.baselines.prepare(case)
-            baseline_seconds += time.perf_counter() - before
-            progress.show(case.id)
-            results.append(session.result(case))
+            try:
+                session.baselines.prepare(case)
+            except ParityError as error:
+                if not results:
+                    raise  # the baselines of all: nothing can be judged
+                results.append(Result(case, "error", [], 0.0, error=str(error)))
+            else:
+                baseline_seconds += time.perf_counter() - before
+                progress.show(case.id)
+                results.append(session.result(case))
             progress.line(one_line(results[-1]))
             if args.fail_fast and results[-1].status != "pass":
                 break

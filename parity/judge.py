@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parity.bounds import ALLOWED, Expected, as_float64, rounding, rows
+from parity.bounds import ALLOWED, Expected, as_float64, norm, rounding, rows
 from parity.trace import Key
 from parity.whole import Finding, Whole, same_bits
 
@@ -92,20 +92,19 @@ def _compare(
 
 
 def _measure(key: Key, got: Tensor, expected: Expected, override: Override | None) -> Verdict:
-    difference = as_float64(got) - expected.truth
+    difference = _difference(got, expected)
     off = rows(difference).square().sum(1).sqrt()
-    distance = off.square().sum().sqrt().item()
-    scale = natural_scale(expected)
-    allowed = override.bound if override else ALLOWED * expected.total / scale
+    distance = norm(difference)
+    allowed = override.bound if override else ALLOWED * expected.total / expected.scale
     ratio = off / (ALLOWED * expected.noise)
     ratio[off == 0] = 0.0  # also where no error and no noise meet
     excess = ratio.amax().item() if ratio.numel() else 0.0
     if override:
-        excess = distance / scale / override.bound
+        excess = distance / expected.scale / override.bound
     verdict = Verdict(
         key,
         status="ok" if excess <= 1 else _wrong(got.dtype),
-        error=distance / scale,
+        error=distance / expected.scale,
         allowed=allowed,
         rho=distance / expected.total if expected.total else 0.0,
         excess=excess,
@@ -117,18 +116,16 @@ def _measure(key: Key, got: Tensor, expected: Expected, override: Override | Non
     return verdict if verdict.good else _locate(verdict, got, expected, difference, ratio)
 
 
-def natural_scale(expected: Expected) -> float:
-    """The size that errors are relative to: the norm of the truth, or, where that is nothing but
-    rounding (a gradient that cancels to zero), the size of what was summed: noise per rounding.
-    """
-    norm = expected.truth.square().sum().sqrt().item()
-    if norm > ALLOWED * expected.total:
-        return norm
-    return expected.total / (rounding(expected.exact.dtype) or 1.0) or 1.0
+def _difference(got: Tensor, expected: Expected) -> Tensor:
+    """In float64. What does not round is equal or not: 2^60 + 1 has no float64 of its own."""
+    if rounding(got.dtype) == 0.0:
+        return (got != expected.exact).double()
+    return as_float64(got) - expected.truth
 
 
 def _wrong(dtype: torch.dtype) -> str:
-    return "bug" if dtype == getattr(torch, LOGIC) else "drift"
+    has_precision_to_lose = rounding(dtype) > rounding(getattr(torch, LOGIC))
+    return "drift" if has_precision_to_lose else "bug"
 
 
 def _locate(

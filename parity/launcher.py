@@ -140,11 +140,11 @@ def _receive(r: _Rank) -> rank_side.Outcome:
         return rank_side.Outcome(*pickle.loads(r.pipe.recv_bytes()))  # noqa: S301
     r.process.join(GRACE)
     code = r.process.exitcode
-    how = (
-        f"was killed by {signal.Signals(-code).name}"
-        if code is not None and code < 0
-        else (f"ended with exit code {code} and without a result")
-    )
+    if code is not None and code < 0:
+        known = {s.value: s.name for s in signal.Signals}
+        how = f"was killed by {known.get(-code, f'signal {-code}')}"
+    else:
+        how = f"ended with exit code {code} and without a result"
     return rank_side.Outcome("died", how, "", time.time())
 
 
@@ -221,6 +221,10 @@ def _tail_of_log(r: _Rank, count: int = 10) -> list[str]:
 
 def _end(ranks: list[_Rank]) -> None:
     for r in ranks:
+        # The group holds what the rank itself had started; an empty group is no longer there.
+        if r.process.pid is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(r.process.pid, signal.SIGKILL)
         if r.process.is_alive():
             r.process.kill()
     for r in ranks:

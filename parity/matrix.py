@@ -41,7 +41,7 @@ class OverrideEntry(_Strict):
     """A bound by hand, for the tensors whose `check/name` matches; it needs a reason."""
 
     tensor: str
-    bound: Annotated[float, Field(gt=0)]
+    bound: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     reason: Annotated[str, Field(min_length=10)]
 
 
@@ -51,7 +51,8 @@ BaselineEntry = Annotated[
     Discriminator(lambda value: "<case>" if isinstance(value, dict) else "<path>"),
 ]
 AxisSizes = Annotated[
-    Annotated[Literal["auto"], Tag("<auto>")] | Annotated[list[Positive], Tag("<sizes>")],
+    Annotated[Literal["auto"], Tag("<auto>")]
+    | Annotated[list[Positive], Field(min_length=1), Tag("<sizes>")],
     Discriminator(lambda value: "<sizes>" if isinstance(value, list) else "<auto>"),
 ]
 
@@ -69,10 +70,10 @@ class Matrix(_Strict):
     options: dict[str, Scalar] = {}
     steps: Positive = 10
     seed: int = 0
-    exclude: list[dict[str, int]] = []
+    exclude: list[Annotated[dict[str, int], Field(min_length=1)]] = []
     include: list[dict[str, Scalar]] = []
     overrides: list[OverrideEntry] = []
-    deadline: Annotated[float, Field(gt=0)] = 300.0
+    deadline: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300.0
 
 
 class Skip(NamedTuple):
@@ -86,8 +87,9 @@ def load(path: Path) -> Matrix:
     """Raises UsageError with every objection, each as `file:line: key: what is wrong`."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; name a matrix file that exists") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "no UTF-8 text"
+        raise UsageError(f"{path}: {why}; name a matrix file that exists") from error
     try:
         document = Document(text)
     except yaml.YAMLError as error:
@@ -137,6 +139,7 @@ def _say(detail: Any) -> str:
         "greater_than": f"must be more than 0, got {got!r}",
         "string_too_short": f"needs a sentence that says why, got {got!r}",
         "too_short": "must not be empty",
+        "finite_number": f"must be a finite number, got {got!r}",
     }
     if kind == "literal_error":
         expected = str(detail["ctx"]["expected"])
@@ -169,8 +172,12 @@ def _contradictions(matrix: Matrix) -> dict[tuple[int | str, ...], str]:
                     raise ValueError(f"'{baseline.case}' does not name the axes {axes}, in order")
             except ValueError as error:
                 found["baselines", name, "case"] = str(error)
-    if len(set(matrix.dtypes)) < len(matrix.dtypes):
-        found["dtypes",] = "a dtype is listed twice"
+    lists: dict[tuple[int | str, ...], Sequence[object]] = {("dtypes",): matrix.dtypes}
+    lists |= {("variants", name): values for name, values in matrix.variants.items()}
+    lists |= {("axes", name): sizes for name, sizes in matrix.axes.items() if sizes != "auto"}
+    for loc, values in lists.items():
+        if len(set(values)) < len(values):
+            found[loc] = f"a value is listed twice in {values}"
     return found
 
 

@@ -92,7 +92,8 @@ def prepare(path: Path, wish: Wish) -> tuple[Plan, list[Skip]]:
     out = [skip.case for skip in skipped]
     cases = [case for case in chosen if case not in out]
     plan = _plan(wish, matrix, device, options, cases)
-    resolve(plan.target)
+    for target in dict.fromkeys([plan.target, *(b.target for b in plan.baselines)]):
+        resolve(target)
     return plan, [skip for skip in skipped if skip.case in chosen]
 
 
@@ -101,8 +102,9 @@ def resolve(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{path}: {error} (write it as package.module:function)") from error
+    except Exception as error:  # importing runs the user's code, which may do anything
+        text = f"{path}: {type(error).__name__}: {error} (write it as package.module:function)"
+        raise UsageError(text) from error
     if not callable(found):
         raise UsageError(f"{path}: is no function")
     return found  # type: ignore[no-any-return]

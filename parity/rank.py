@@ -62,6 +62,7 @@ def main(pipe: Connection, seat: Seat, function: Callable[..., Any], args: tuple
 
 def _settle(seat: Seat) -> None:
     """Signals, output and scheduling, before any of the user's code runs."""
+    os.setpgid(0, 0)  # a group of its own, to be ended with all that it starts
     _die_with_the_parent()
     own = Path(seat.folder) / f"rank{seat.rank}"
     log = os.open(own / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

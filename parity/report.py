@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from parity.bounds import LOOSE
 from parity.case import Case
 from parity.errors import COULD_NOT_RUN, PARITY_FAILURE, PASSED, USAGE
 from parity.judge import LOGIC, Verdict
@@ -17,7 +19,6 @@ from parity.run import Judged, Result
 from parity.trace import CHECKS
 
 SCHEMA = 1  # of the JSON report: raised when a reader of the old one would misread the new one
-LOOSE = 1e-6  # mistakes of logic begin about here, so a larger bound decides little
 PIECES = ("split", "hole", "overlap")
 
 
@@ -259,7 +260,7 @@ def _diff(diff: float) -> str:
 def as_json(report: Report) -> dict[str, Any]:
     """The versioned document of docs/report.md."""
     tensors, elements = report.compared
-    return {
+    document = {
         "schema": SCHEMA,
         "command": report.command,
         "device": report.plan.backend.device,
@@ -276,6 +277,16 @@ def as_json(report: Report) -> dict[str, Any]:
         "baseline_seconds": report.baseline_seconds,
         "exit_code": report.exit_code,
     }
+    return {key: _finite(value) for key, value in document.items()}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _id_json(case: Case) -> dict[str, Any]:

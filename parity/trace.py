@@ -54,6 +54,7 @@ class Trace:
         self.boxes: list[Box] = []
         self.tensors: list[Tensor] = []
         self._shapes: dict[Key, tuple[int, ...]] = {}
+        self._seen: set[tuple[Box, tuple[int, ...]]] = set()
 
     def add(
         self,
@@ -67,7 +68,7 @@ class Trace:
         """Record `tensor` as the box at `offset` of a whole of `shape`; without them it is whole.
 
         A piece of several boxes is added box by box. Raises TraceError for a box that does not lie
-        in its whole, or that gives the whole another shape than the boxes before it.
+        in its whole, that was added before, or that gives the whole another shape.
         """
         shape = tuple(tensor.shape if shape is None else shape)
         offset = (0,) * len(shape) if offset is None else tuple(offset)
@@ -76,6 +77,9 @@ class Trace:
         known = self._shapes.setdefault(box.key, shape)
         if known != shape:
             raise TraceError(f"{box.key}: its whole was {known} before, and is {shape} now")
+        if (box, tuple(tensor.shape)) in self._seen:
+            raise TraceError(f"{box.key}: recorded twice by the same rank at {box.offset}")
+        self._seen.add((box, tuple(tensor.shape)))
         self.boxes.append(box)
         self.tensors.append(tensor.detach().to("cpu", copy=True).contiguous())
 

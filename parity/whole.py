@@ -16,7 +16,7 @@ from parity.trace import Piece
 class Finding(NamedTuple):
     """Something wrong with the pieces themselves; no baseline was needed to see it."""
 
-    status: str  # split, hole, overlap, shape
+    status: str  # split, hole, overlap, shape, dtype
     text: str
 
 
@@ -33,6 +33,10 @@ def join(pieces: list[Piece], shapes: list[tuple[int, ...]]) -> Whole:
     if len(set(shapes)) > 1:
         said = ", ".join(f"rank {p.rank} says {s}" for p, s in zip(pieces, shapes, strict=True))
         return Whole(None, 0, [Finding("shape", f"ranks disagree about the shape: {said}")])
+    dtypes = {str(p.tensor.dtype): p.rank for p in reversed(pieces)}
+    if len(dtypes) > 1:
+        said = ", ".join(f"rank {rank} holds {dtype}" for dtype, rank in dtypes.items())
+        return Whole(None, 0, [Finding("dtype", f"ranks disagree about the dtype: {said}")])
     boxes: dict[tuple[tuple[int, ...], ...], list[Piece]] = {}
     for piece in pieces:
         boxes.setdefault((piece.offset, tuple(piece.tensor.shape)), []).append(piece)
@@ -66,14 +70,12 @@ def _splits(boxes: Iterable[list[Piece]]) -> list[Finding]:
 
 
 def _split_text(a: Piece, b: Piece) -> str:
-    if a.tensor.dtype != b.tensor.dtype:
-        return f"ranks {a.rank} and {b.rank} hold it as {a.tensor.dtype} and {b.tensor.dtype}"
-    x, y = a.tensor.double(), b.tensor.double()
-    count = int((x != y).sum())
-    far = (x - y).abs().max().item()
+    count = int((a.tensor != b.tensor).sum())
+    wide = torch.complex128 if a.tensor.is_complex() else torch.float64
+    far = (a.tensor.to(wide) - b.tensor.to(wide)).abs().max().item()
     return (
         f"ranks {a.rank} and {b.rank} hold different copies "
-        f"({count} of {x.numel()} elements differ, by up to {far:.1e})"
+        f"({count} of {a.tensor.numel()} elements differ, by up to {far:.1e})"
     )
 
 

@@ -91,6 +91,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
     [
         ({"magic": 1}, "magic 1, version 1 is no token file; expected 20240520, 1"),
         ({"version": 2}, "magic 20240520, version 2 is no token file"),
+        ({"count": 0}, "its header promises 0 tokens; there is nothing to read"),
         ({"count": 5}, "its header promises 5 tokens, 1034 bytes; it has 1030: it is cut short"),
         ({"count": 2}, "its header promises 2 tokens, 1028 bytes; it has 1030"),
     ],

@@ -68,6 +68,10 @@ def test_gpipe_and_untied_embeddings_train_too() -> None:
     [
         (["--tp", "5"], "24 heads cannot be cut over tp=5"),
         (["--dp", "2"], "dp2-tp1-pp1 has 2 ranks and 1 were started; run it with torchrun --stand"),
+        (["--steps", "0"], "--steps 0 must be 1 or more"),
+        (["--lr", "nan"], "lr=nan must be a number above 0"),
+        (["--clip", "-1"], "max_norm=-1.0 must be a number above 0"),
+        (["--weight-decay", "-1"], "weight_decay=-1.0 must be 0 or a number above it"),
         (["--dp", "0"], "--dp 0 must be 1 or more"),
         (["--data", "/nothing"], "/nothing: no such file"),
         (["--sequence", "21"], "sequence=21 is longer than context=20"),

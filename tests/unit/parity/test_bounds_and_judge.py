@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity.bounds import ALLOWED, NUDGES, Expected, measure, nudge, rows, t_quantile
-from parity.judge import Override, judge, natural_scale
+from parity.judge import Override, judge
 from parity.trace import Key
 from parity.whole import Whole
 
@@ -62,7 +62,7 @@ def program(dtype: torch.dtype, seed: int, split: int = 1, wrong: float = 0.0) -
 
 def expected(dtype: torch.dtype) -> Expected:
     nudged = [program(dtype, seed) for seed in range(1, NUDGES + 1)]
-    return measure(program(dtype, 0), program(torch.float64, 0), nudged)
+    return measure(program(dtype, 0), program(torch.float64, 0), nudged, 1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,8 +122,8 @@ def test_a_gradient_that_is_zero_in_exact_arithmetic_is_measured_by_what_was_sum
     """The key bias: both sides hold rounding noise of their own, and that is no difference."""
     truth = torch.tensor([1e-18, -2e-18, 1e-18], dtype=torch.float64)
     noise = [torch.randn(3, dtype=torch.float64) * 2e-17 for _ in range(NUDGES)]
-    e = measure(truth, truth, noise)
-    assert natural_scale(e) == pytest.approx(0.1, rel=2)
+    e = measure(truth, truth, noise, 1.0)
+    assert e.scale == pytest.approx(0.1, rel=2)
     assert judge(KEY, Whole(torch.full((3,), 2e-17, dtype=torch.float64), 0, []), e).good
     assert not judge(KEY, Whole(torch.full((3,), 1e-10, dtype=torch.float64), 0, []), e).good
 
@@ -131,7 +131,7 @@ def test_a_gradient_that_is_zero_in_exact_arithmetic_is_measured_by_what_was_sum
 def test_rows_without_noise_and_without_error_agree_and_any_error_there_is_a_bug() -> None:
     """An embedding row that no token used: exactly zero, or wrong."""
     truth = torch.tensor([[0.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
-    e = measure(truth, truth, [truth] * NUDGES)
+    e = measure(truth, truth, [truth] * NUDGES, 1.0)
     assert judge(KEY, Whole(truth.clone(), 0, []), e).status == "exact"
     assert judge(KEY, Whole(truth + 1e-9, 0, []), e).status == "bug"
 
@@ -140,7 +140,7 @@ def test_a_vector_is_judged_element_by_element() -> None:
     """One noisy element (what Adam makes of a zero gradient) must not hide its neighbours."""
     truth = torch.ones(4, dtype=torch.float64)
     noisy = [truth + torch.tensor([0, 0, 0, 1e-3]) * (-1) ** k for k in range(NUDGES)]
-    e = measure(truth, truth, [t.double() for t in noisy])
+    e = measure(truth, truth, [t.double() for t in noisy], 1.0)
     good = truth + torch.tensor([0, 0, 0, 2e-3], dtype=torch.float64)
     assert judge(KEY, Whole(good, 0, []), e).good
     bad = truth + torch.tensor([1e-9, 0, 0, 0], dtype=torch.float64)
@@ -162,7 +162,7 @@ def test_a_vector_is_judged_element_by_element() -> None:
 )
 def test_what_cannot_be_measured_is_said(got: torch.Tensor | None, status: str, text: str) -> None:
     truth = torch.ones(3, dtype=torch.float64)
-    verdict = judge(KEY, Whole(got, 0, []), measure(truth, truth, [truth] * NUDGES))
+    verdict = judge(KEY, Whole(got, 0, []), measure(truth, truth, [truth] * NUDGES, 1.0))
     assert (verdict.status, verdict.text) == (status, text)
     assert not verdict.good
 
@@ -194,7 +194,7 @@ def test_rows_are_elements_of_vectors_and_last_dims_of_all_else(
 def test_what_is_no_real_number_is_compared_too(dtype: torch.dtype) -> None:
     value = torch.tensor([[1, 0], [0, 1]]).to(dtype)
     wide = value.to(torch.complex128) if dtype.is_complex else value
-    e = measure(value, wide, [wide.to(dtype)] * NUDGES)
+    e = measure(value, wide, [wide.to(dtype)] * NUDGES, 1.0)
     assert judge(KEY, Whole(value.clone(), 0, []), e).good
     wrong = value.clone()
     wrong[1, 0] = 1j if dtype.is_complex else 1
@@ -205,5 +205,30 @@ def test_what_is_no_real_number_is_compared_too(dtype: torch.dtype) -> None:
 
 def test_an_empty_tensor_is_equal_to_itself() -> None:
     empty = torch.zeros(0, 4, dtype=torch.float64)
-    e = measure(empty, empty, [empty] * NUDGES)
+    e = measure(empty, empty, [empty] * NUDGES, 1.0)
     assert judge(KEY, Whole(empty.clone(), 0, []), e).good
+
+
+@pytest.mark.parametrize("huge", [-1e9, torch.finfo(torch.float64).min])
+def test_one_huge_element_does_not_excuse_the_others(huge: float) -> None:
+    """A masked logit in every row, or one outlier in one row."""
+    truth = torch.randn(8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    truth[:, 3] = huge
+    e = measure(truth, truth, [truth * (1 + 1e-16)] * NUDGES, 1.0)
+    wrong = truth.clone()
+    wrong[2, 5] *= 1 + 1e-9
+    assert not judge(KEY, Whole(wrong, 0, []), e).good
+
+
+def test_integers_are_equal_or_not() -> None:
+    truth = torch.tensor([2**60])
+    e = measure(truth, truth, [truth] * NUDGES, 1.0)
+    assert judge(KEY, Whole(truth.clone(), 0, []), e).good
+    assert judge(KEY, Whole(truth + 1, 0, []), e).status == "bug"
+
+
+def test_a_scale_from_noise_is_at_most_that_of_its_companions() -> None:
+    """Else noise of any size would look like one rounding of something enormous."""
+    truth = torch.ones(3, dtype=torch.float64)
+    noisy = [torch.randn(3, dtype=torch.float64) for _ in range(NUDGES)]
+    assert measure(truth, truth, noisy, 2.0).scale == pytest.approx(2.0)

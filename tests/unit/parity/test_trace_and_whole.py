@@ -149,3 +149,19 @@ def test_a_whole_of_two_shapes_is_refused() -> None:
 def test_an_unknown_check_is_refused() -> None:
     with pytest.raises(TraceError, match=r"no such check \(known: forward, gradient"):
         Trace().add("gradients", "x", torch.zeros(1))
+
+
+def test_a_box_recorded_twice_is_refused() -> None:
+    trace = Trace()
+    trace.add("norm", "n", torch.tensor(1.0))
+    with pytest.raises(TraceError, match="norm of n: recorded twice by the same rank"):
+        trace.add("norm", "n", torch.tensor(1.0))
+
+
+def test_pieces_of_several_dtypes_are_a_finding() -> None:
+    pieces = [Piece(0, (0,), torch.zeros(2)), Piece(1, (2,), torch.zeros(2).double())]
+    joined = join(pieces, [(4,)] * 2)
+    assert joined.tensor is None
+    assert joined.findings[0].text == (
+        "ranks disagree about the dtype: rank 1 holds torch.float64, rank 0 holds torch.float32"
+    )
