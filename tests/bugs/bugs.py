@@ -31,7 +31,9 @@ Patch = tuple[object, str, Any]  # (whose attribute, its name, what it becomes)
 
 @dataclass(frozen=True)
 class Bug:
-    """`case` must turn red, first at `first`, in the checks `seen`; `silent` must stay green."""
+    """`case` must turn red, first at what begins with `first`, in the checks `seen`; `silent` must
+    stay green.
+    """
 
     name: str
     patches: Callable[[], Iterable[Patch]]
@@ -279,7 +281,7 @@ def tied_gradient_summed_before_the_average() -> Iterable[Patch]:
 @bug(
     "found by parity: parameters that tp ranks share are reduced in buckets of unequal sizes",
     case="dp3-tp2-pp1",
-    first="gradient of blocks.0.ln_1.weight",
+    first="gradient of ",  # which one depends on the bits
     seen="gradient state",
     silent="dp2-tp2-pp1",
     dtype="float32",

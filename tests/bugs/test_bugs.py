@@ -44,7 +44,8 @@ def test_bug_is_caught_at_the_right_tensor(bug: Bug, baselines: dict[str, Baseli
     first = result.first_divergence
     assert first is not None
     red = {v.key.check for j in result.judged for v in j.verdicts if not v.good}
-    assert (str(first[1].key), red) == (bug.first, set(bug.seen.split()))
+    assert str(first[1].key).startswith(bug.first), first[1].key
+    assert red == set(bug.seen.split())
 
 
 @pytest.mark.parametrize("bug", [b for b in BUGS if b.silent], ids=lambda bug: bug.name)
