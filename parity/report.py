@@ -201,7 +201,8 @@ def _counts(report: Report) -> str:
     steps = sum(report.plan.steps for r in ran for _ in report.plan.runs(r.case))
     lines = [
         f"compared: {tensors:,} tensors, {elements:,} elements, {steps:,} steps of training, in "
-        f"{report.seconds:.0f} s ({report.baseline_seconds:.0f} s of it for the baselines)"
+        f"{report.seconds:.0f} s ({report.baseline_seconds:.0f} s of it for the baselines, "
+        f"{sum(result.judging for result in ran):.0f} s for judging)"
     ]
     seen = [
         f"{check} {c.allowed:.1e}"

@@ -177,7 +177,7 @@ def mean_of_means() -> Iterable[Patch]:
 
 
 @bug(
-    "NVIDIA/Megatron-LM#7452 (its kind: a norm over parameters that several ranks hold)",
+    "ROCm/TransformerEngine#715; NVIDIA-NeMo/RL#3788",
     case="dp1-tp2-pp1",
     first="norm of sgd by step",
     seen="norm state loss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Mapping
@@ -61,6 +62,14 @@ def write_pid_and_hang(folder: str) -> None:
         file.write(str(os.getpid()))
     os.rename(path + ".new", path)
     wait_for_ever()
+
+
+def leave_a_child(folder: str, fail: bool) -> None:
+    child = subprocess.Popen(["sleep", "600"])
+    with open(os.path.join(folder, "child"), "w") as file:
+        file.write(str(child.pid))
+    if fail:
+        raise RuntimeError("and the child goes on")
 
 
 def unpicklable() -> object:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,14 @@ def test_a_rank_that_hangs_is_named_with_the_place_where_it_is() -> None:
     assert waiting[0].startswith("rank 0 waits in all_reduce, called at ")
     assert waiting[0].endswith("in hang_on_1")
     assert caught.value.ranks == (1,)
+
+
+@pytest.mark.parametrize("fail", [True, False])
+def test_what_a_rank_has_started_ends_with_it(tmp_path: Path, fail: bool) -> None:
+    with pytest.raises(RanksFailed) if fail else nullcontext():
+        launch(targets.leave_a_child, 1, str(tmp_path), fail)
+    child = int((tmp_path / "child").read_text())
+    assert wait_until(lambda: not is_alive(child))
 
 
 def test_a_result_that_cannot_be_pickled_is_that_ranks_failure() -> None:
