@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from parity.plan import Plan, Wish
     from parity.report import Report
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT and SIGPIPE, as shells report them
 
 EXIT_CODES = (
     "exit status: 0 every case passed; 1 a case differs from its baseline; 2 a mistake in the "
@@ -89,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"parity: {line}", file=sys.stderr)
         return error.code
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except Exception:  # not 1, Python's own status, which says that a case differs
         traceback.print_exc()
         print("parity: this is a mistake of parity itself; nothing was decided", file=sys.stderr)

@@ -92,6 +92,10 @@ def load(path: Path) -> Matrix:
         raise UsageError(f"{path}: {why}; name a matrix file that exists") from error
     try:
         document = Document(text)
+    except RecursionError as error:
+        raise UsageError(
+            f"{path}: an alias (*) refers to what contains it; write it out"
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1

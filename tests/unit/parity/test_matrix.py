@@ -89,6 +89,13 @@ def test_a_baseline_case_must_name_the_axes(tmp_path: Path) -> None:
     ]
 
 
+def test_an_alias_that_contains_itself(tmp_path: Path) -> None:
+    path = tmp_path / "matrix.yaml"
+    path.write_text("axes: &a {dp: [1, 2], x: *a}")
+    with pytest.raises(UsageError, match="refers to what contains it"):
+        load(path)
+
+
 def test_no_file_and_an_empty_file(tmp_path: Path) -> None:
     assert len(objections(tmp_path, "")) == 3
     with pytest.raises(UsageError, match="name a matrix file that exists"):
