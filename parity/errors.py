@@ -35,3 +35,27 @@ class RanksFailed(ParityError):
     def __init__(self, text: str, ranks: tuple[int, ...]) -> None:
         super().__init__(text)
         self.ranks = ranks
+
+
+class ProtocolError(ParityError, RuntimeError):
+    """Ranks do not agree on what they say to each other: the code under test is wrong."""
+
+
+class Mismatch(ProtocolError):
+    """Members of a group call different things at the same place of its sequence.
+
+    Remedy: compare the call sites that the text names; all members must make the same calls, of the
+    same sizes and types, in the same order.
+    """
+
+
+class Deadlock(ProtocolError):
+    """Ranks wait for each other, or for one that has ended: none of them can ever go on."""
+
+
+class Lost(ProtocolError):
+    """A rank that was waited for has died or left."""
+
+
+class Race(ProtocolError):
+    """A tensor was used while a call had it, or nobody waited for the call at all."""

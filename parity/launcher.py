@@ -36,9 +36,11 @@ GRACE = 3.0
 
 @dataclass(frozen=True)
 class Backend:
-    """Where ranks run and how they talk: gloo between processes, or NCCL between GPUs."""
+    """Where ranks run and how they talk: `parity`, the checking backend over shared memory, or
+    gloo between processes, or NCCL between GPUs.
+    """
 
-    name: str = "gloo"
+    name: str = "parity"
     device: str = "cpu"
     deadline: float = 300.0  # seconds for one launch
 

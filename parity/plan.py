@@ -215,7 +215,7 @@ def _plan(
         steps=wish.steps or matrix.steps,
         seed=matrix.seed,
         overrides=overrides,
-        backend=Backend("nccl" if device == "cuda" else "gloo", device, deadline),
+        backend=Backend("nccl" if device == "cuda" else "parity", device, deadline),
     )
 
 

@@ -98,6 +98,8 @@ def _call(seat: Seat, function: Callable[..., Any], args: tuple[Any, ...]) -> An
     import torch
     import torch.distributed as dist
 
+    import parity.backend  # noqa: F401 (registers the backend of that name)
+
     device = None
     if seat.device == "cuda":
         device = torch.device("cuda", seat.rank)

@@ -10,6 +10,8 @@ import torch._dynamo  # what the first optimizer of a process would import, in e
 import torch.distributed
 import torch.distributed.device_mesh
 
+import parity.backend
+
 torch.set_num_threads(1)
 # Ranks inherit it: on Ctrl-C the parent ends them, and they say nothing of their own.
 signal.signal(signal.SIGINT, signal.SIG_IGN)

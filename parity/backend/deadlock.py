@@ -1,0 +1,124 @@
+"""Who can still go on? A rank that is blocked can if all whom its call lacks can come to it.
+
+Every blocked rank has told which call it is in; who has made that call is in the words of its lane.
+So the ranks that can go on are the least set that holds all ranks at work, and with them every
+blocked one whose missing members are all in the set. The rest wait for ever, however long one
+waits: no deadline is needed, and a slow rank is never taken for a lost one.
+"""
+
+from __future__ import annotations
+
+from parity.backend import board as b
+from parity.backend.board import Board, Wait
+from parity.errors import Deadlock, Lost, ProtocolError
+
+
+def verdict_on(board: Board) -> ProtocolError | None:
+    """The sentence over this rank, if it waits for ever; all who do are told the same."""
+    board.region.acquire()
+    try:
+        gone = {r for r in range(board.world) if board.is_gone(r)}
+        waits = {r: board.waits(r) for r in range(board.world) if r not in gone}
+        stuck = _stuck(board, waits, gone)
+        if board.rank not in stuck:
+            return None
+        lines, ends = _sentence(board, {r: waits[r] for r in sorted(stuck)}, gone)
+        kind = b.LOST if ends else b.DEADLOCK
+        board.pass_verdict(sorted(stuck), kind, "\n  ".join(lines))
+        bells = board.rouse(sorted(stuck))
+    finally:
+        board.region.release()
+    for rank in bells:
+        board.region.ring(rank)
+    return passed_verdict(board)
+
+
+def passed_verdict(board: Board) -> ProtocolError | None:
+    """What another rank has found about this one."""
+    kind, text = board.verdict()
+    return {b.DEADLOCK: Deadlock, b.LOST: Lost}[kind](text) if kind else None
+
+
+def lost_member(board: Board, waits: list[Wait]) -> Lost | None:
+    """A member that a call lacks and that has gone; of a choice, if none is left."""
+    board.region.acquire()
+    lost = [
+        next((r for r in _missing(board, w) if board.is_gone(r) or _left(board, w, r)), None)
+        for w in waits
+    ]
+    board.region.release()
+    if None in lost:
+        return None
+    rank = lost[0]
+    assert rank is not None
+    return Lost(f"{_line(board, board.rank, waits[0], rank)}, {_how_gone(board, rank)}")
+
+
+def _stuck(board: Board, waits: dict[int, list[Wait]], gone: set[int]) -> set[int]:
+    stuck = {r for r, calls in waits.items() if calls}
+    while True:
+        freed = {
+            r
+            for r in stuck
+            if any(_can_end(board, wait, stuck | gone) for wait in waits[r])
+        }
+        if not freed:
+            return stuck
+        stuck -= freed
+
+
+def _can_end(board: Board, wait: Wait, never: set[int]) -> bool:
+    return not any(r in never or _left(board, wait, r) for r in _missing(board, wait))
+
+
+def _array(board: Board, lane: int, which: int) -> list[int]:
+    n = board.words[lane + b.MEMBERS]
+    at = lane + b.HEAD + which * n
+    return board.words[at : at + n].tolist()
+
+
+def _missing(board: Board, wait: Wait) -> list[int]:
+    """The ranks that have not made the call, by their seat."""
+    ranks, issued = (_array(board, wait.lane, which) for which in (b.RANK, b.ISSUED))
+    return [rank for rank, count in zip(ranks, issued, strict=True) if count < wait.ordinal]
+
+
+def _left(board: Board, wait: Wait, rank: int) -> bool:
+    ranks, left = (_array(board, wait.lane, which) for which in (b.RANK, b.GONE))
+    return any(left[i] for i, r in enumerate(ranks) if r == rank)
+
+
+def _sentence(
+    board: Board, waits: dict[int, list[Wait]], gone: set[int]
+) -> tuple[list[str], bool]:
+    """The chain of waits from this rank on, then the others; and whether it ends at a lost rank."""
+    chain, rank, lines = [], board.rank, []
+    ends = False
+    while rank not in chain:
+        chain.append(rank)
+        wait = waits[rank][0]
+        missing = _missing(board, wait)
+        never = [r for r in missing if r in gone or _left(board, wait, r)]
+        blocked = [r for r in missing if r in waits]
+        target = (never or blocked)[0]
+        lines.append(_line(board, rank, wait, target))
+        if never:
+            lines[-1] += f", {_how_gone(board, target)}"
+            ends = True
+            break
+        rank = target
+    others = [r for r in waits if r not in chain]
+    lines += [_line(board, r, waits[r][0], _missing(board, waits[r][0])[0]) for r in others]
+    head = "waits for a rank that will not come:" if ends else "ranks wait for each other for ever:"
+    return [head, *lines], ends
+
+
+def _line(board: Board, rank: int, wait: Wait, target: int) -> str:
+    return f"rank {rank} waits for rank {target} in {board.read(wait.phrase)}"
+
+
+def _how_gone(board: Board, rank: int) -> str:
+    state = board.state(rank)
+    if state == b.ENDED:
+        return "which has ended"
+    return "which has died" if board.is_gone(rank) else "which has left the group"

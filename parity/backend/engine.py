@@ -1,0 +1,210 @@
+"""What makes a rank's calls go on: whoever waits for one of them moves all that can move.
+
+There is no thread behind the scenes, but for calls whose future was asked for: those may be waited
+for where no Python runs. A rank sleeps on its bell until the last of those it waits for rings.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from parity.backend import board as b
+from parity.backend.board import Board
+from parity.backend.call import AnyReceive, Call
+from parity.backend.deadlock import lost_member, passed_verdict, verdict_on
+from parity.backend.lane import Disagreement, Lane
+from parity.backend.moves import Move
+from parity.errors import Mismatch, ParityError, Race
+
+_Promise = tuple[Sequence[Call], Callable[[], None], Callable[[ParityError], None]]
+NAP = 0.05  # seconds asleep after which a rank looks whether it waits in vain
+
+
+class Engine:
+    """All calls of this process that are under way, in all its groups."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+        self.busy: dict[int, Lane] = {}  # lanes with calls under way, by their place
+        self.changed = threading.Condition(threading.RLock())
+        self._is_driven = False
+        self._waiting: dict[int, Call] = {}  # what each thread of this process is blocked in
+        self._callers = {threading.main_thread().ident}
+        self._open_choices: list[AnyReceive] = []
+        self._promised: list[_Promise] = []
+        self.unwaited: dict[int, Callable[[], str]] = {}  # by the identity of the handle
+        self.complaints: list[ParityError] = []
+
+    def start(self, call: Call, move: Callable[[Call], Move]) -> None:
+        """Begin a call: as far as it can go now."""
+        with self.changed:
+            self.complain()
+            self._callers.add(threading.get_ident())
+            if isinstance(call, AnyReceive):
+                call.make = move
+                self._open_choices.append(call)
+                self._bind()
+                return
+            call.issue(move(call))
+            self.busy[call.lane.at] = call.lane
+            if call.lane.queue[0] is call:
+                self._advance(call.lane)
+
+    def complain(self) -> None:
+        if self.complaints:
+            raise self.complaints.pop(0)
+
+    def poll(self, call: Call) -> bool:
+        """Whether the call is done by now."""
+        with self.changed:
+            if not call.is_done and not self._is_driven:
+                self._progress()
+            return call.is_done
+
+    def wait(self, call: Call) -> None:
+        if call.is_done:
+            return
+        begin = time.perf_counter()
+        thread = threading.get_ident()
+        with self.changed:
+            self._waiting[thread] = call
+            try:
+                while not call.is_done:
+                    if self._is_driven:  # another thread of this rank sleeps for all of them
+                        self.changed.wait(NAP)
+                    else:
+                        self._drive(call)
+            finally:
+                del self._waiting[thread]
+        call.waited += time.perf_counter() - begin
+
+    def _drive(self, call: Call) -> None:
+        self._is_driven = True
+        naps = 0
+        try:
+            while True:
+                self._progress()
+                if call.is_done:
+                    return
+                naps = 0 if self._sleep() else naps + 1
+                if naps >= 2:
+                    self._look_around(call)
+        finally:
+            self._is_driven = False
+            self.board.wake_up()
+            self.changed.notify_all()
+
+    def _bind(self) -> None:
+        for choice in list(self._open_choices):
+            if choice.bind():
+                self._open_choices.remove(choice)
+                self.busy[choice.lane.at] = choice.lane
+
+    def _progress(self) -> None:
+        self._bind()
+        for lane in list(self.busy.values()):
+            self._advance(lane)
+
+    def _advance(self, lane: Lane) -> None:
+        queue = lane.queue
+        while queue:
+            call = queue[0]
+            try:
+                if not call.advance():
+                    return
+            except Disagreement:
+                raise self._mismatch(call) from None
+            queue.popleft()
+        self.busy.pop(lane.at, None)
+
+    def _sleep(self) -> bool:
+        """Until the bell rings; False if it did not for a while."""
+        board, region = self.board, self.board.region
+        region.acquire()
+        heads = [lane.queue[0] for lane in self.busy.values()]
+        if any(call.is_ready() for call in (*heads, *self._open_choices)):
+            region.release()
+            return True
+        board.fall_asleep(self._blocked_in())
+        region.release()
+        if error := passed_verdict(board):
+            raise error
+        self.changed.release()
+        try:
+            return region.wait(board.rank, NAP)
+        finally:
+            self.changed.acquire()
+
+    def _blocked_in(self) -> list[b.Wait]:
+        """What would set this process free; nothing if one of its threads is free already."""
+        if len(self._callers) > 1:
+            alive = {thread.ident for thread in threading.enumerate()}
+            self._callers &= alive
+        if not self._callers <= self._waiting.keys():
+            return []
+        return [entry for call in self._waiting.values() for entry in call.wait_entries()]
+
+    def _look_around(self, call: Call) -> None:
+        board = self.board
+        error = verdict_on(board) or lost_member(board, call.wait_entries())
+        if error is not None:
+            raise error
+
+    def _mismatch(self, call: Call) -> Mismatch:
+        lane, board = call.lane, self.board
+        if lane.words[lane.at + b.FAULT] == 2:
+            return Mismatch(f"another rank could not compute its part of {call.what}")
+        lines = [
+            f"rank {rank} calls {board.read(phrase)}"
+            for rank, phrase in zip(lane.members, lane.row(b.PHRASE), strict=True)
+        ]
+        head = f"the ranks of one group do not call the same thing (call no. {call.ordinal}):"
+        return Mismatch("\n  ".join([head, *lines]))
+
+    # Futures
+
+    def promise(
+        self,
+        calls: Sequence[Call],
+        keep: Callable[[], None],
+        fail: Callable[[ParityError], None],
+    ) -> None:
+        """See to it that calls get done though nobody may come and wait for them; then `keep`."""
+        with self.changed:
+            self._promised.append((calls, keep, fail))
+            if len(self._promised) == 1:
+                threading.Thread(target=self._keep_promises, daemon=True).start()
+
+    def _keep_promises(self) -> None:
+        while True:
+            calls, keep, fail = self._promised[0]
+            try:
+                for call in calls:
+                    self.wait(call)
+                keep()
+            except ParityError as error:
+                fail(error)
+            with self.changed:
+                self._promised.pop(0)
+                if not self._promised:
+                    return
+
+    # What nobody waited for
+
+    def forget(self, handle: int) -> None:
+        """A handle has gone, and nobody had waited: said at the next call, or at the end."""
+        phrase = self.unwaited.pop(handle, None)
+        if phrase is not None:
+            self.complaints.append(_forgotten(phrase()))
+
+    def settle(self) -> None:
+        """At the end: everything must have been waited for."""
+        for handle in list(self.unwaited):
+            self.forget(handle)
+        self.complain()
+
+
+def _forgotten(phrase: str) -> Race:
+    return Race(f"nobody waited for {phrase}:\n  call wait() on what it returned")

@@ -1,0 +1,83 @@
+"""Whose tensor is it between the issue of a call and its wait? The call's, and a guard sees to it.
+
+What will be written is poisoned at the issue: who reads it early reads NaN, every time, on every
+machine, and not the right value by luck. What is being read must come to the wait unchanged. Both
+must still be where they were. The data that really travels is a copy taken at the issue.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parity.errors import Race
+
+_POISON_BYTE = 0xA5
+_BLOCK = 1 << 20
+
+
+class _Held(NamedTuple):
+    tensor: Tensor
+    mark: int  # of the contents
+    place: int
+    size: int  # of the storage, in bytes
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _mark(x: Tensor) -> int:
+    """A checksum; of much data a sum, which sees any single change but not an exchange of words."""
+    raw = _bytes(x)
+    if raw.numel() <= _BLOCK:
+        return zlib.crc32(raw.cpu().numpy())
+    cut = raw.numel() // 8 * 8
+    return int(raw[:cut].view(torch.int64).sum()) + zlib.crc32(raw[cut:].cpu().numpy())
+
+
+def poison(x: Tensor) -> None:
+    if x.dtype.is_floating_point or x.dtype.is_complex:
+        x.detach().fill_(float("nan"))
+    elif x.dtype is not torch.bool:  # a boolean has no value that is none
+        x.detach().view(-1).fill_(-_POISON_BYTE if x.dtype.is_signed else _POISON_BYTE)
+
+
+def _hold(x: Tensor) -> _Held:
+    storage = x.untyped_storage()
+    return _Held(x, _mark(x), x.data_ptr(), storage.nbytes())
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
+class Guard:
+    """Watches over the tensors of one asynchronous call, from now on."""
+
+    def __init__(self, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
+        for x in writes:
+            poison(x)
+        self._writes = [_hold(x) for x in writes]
+        # What is both read and written was copied, and is watched as poison.
+        alone = [x for x in reads if not any(_overlap(x, y) for y in writes)]
+        self._reads = [_hold(x) for x in alone]
+
+    def check(self, phrase: str, place: str) -> None:
+        """Raise Race unless everything is as it was."""
+        for held, role in [*((h, "output") for h in self._writes), *((h, "input") for h in self._reads)]:
+            x = held.tensor
+            if (x.data_ptr(), x.untyped_storage().nbytes()) != (held.place, held.size):
+                how = "freed, resized or moved"
+            elif _mark(x) != held.mark:
+                how = "written to"
+            else:
+                continue
+            raise Race(
+                f"{phrase}:\n  its {role} {list(x.shape)} was {how} before the wait at {place}; "
+                "until then it belongs to the call: wait first, or pass a copy"
+            )
