@@ -11,6 +11,7 @@ Parameters keep the names that they have in the whole model.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from heiretsu.layers import (
     layouts,
     vocab_logits,
 )
-from heiretsu.layout import share
+from heiretsu.layout import Layout, share
 from heiretsu.mesh import Mesh
 from heiretsu.rng import stream
 
@@ -96,6 +97,11 @@ class GPT(nn.Module):
             if not config.tied:
                 self.lm_head = VocabHead(mesh, config.vocab, config.d_model)
 
+    @cached_property
+    def parts(self) -> list[tuple[str, nn.Parameter, Layout]]:
+        """Every parameter of this rank with its layout: asked for in each step, always the same."""
+        return list(layouts(self))
+
     def forward(self, x: Tensor) -> Tensor:
         if self.mesh.is_first_stage:
             x = self.wte(x) + self.wpe.weight[: x.shape[1]]
@@ -116,7 +122,7 @@ def initialise(model: GPT, seed: int) -> None:
 
     Every parameter is drawn whole, from a stream of its own, and cut: on every topology the same.
     """
-    for name, parameter, layout in layouts(model):
+    for name, parameter, layout in model.parts:
         kind = name.split(".")[-2:]
         if kind[1] == "bias":
             parameter.zero_()

@@ -19,16 +19,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heiretsu.comm import StageLink, all_sum
-from heiretsu.layers import layouts
 from heiretsu.mesh import Mesh
 from heiretsu.model import GPT
 
 
 def gradients(model: GPT) -> list[Tensor]:
-    grads = [p.grad for p in model.parameters()]
+    grads = [p.grad for _, p, _ in model.parts]
     assert all(grad is not None for grad in grads), "a parameter has no gradient"
     return [grad for grad in grads if grad is not None]
 
@@ -47,9 +46,8 @@ def buckets(model: GPT, limit: int) -> Iterator[list[Tensor]]:
     """Runs of gradients of up to `limit` bytes; a larger one goes alone. Last layers first: their
     gradients are ready first.
     """
-    named = list(layouts(model))
     for is_cut in (False, True):
-        grads = [p.grad for _, p, layout in named if (layout.cut is not None) == is_cut]
+        grads = [p.grad for _, p, layout in model.parts if (layout.cut is not None) == is_cut]
         yield from _packed([grad for grad in reversed(grads) if grad is not None], limit)
 
 
@@ -83,11 +81,12 @@ def global_norm(model: GPT) -> Tensor:
     """The 2-norm of the whole gradient, a scalar in float32 at least, the same on every rank."""
     mesh = model.mesh
     dtype = torch.promote_types(gradients(model)[0].dtype, torch.float32)
-    total = torch.zeros((), dtype=dtype, device=mesh.device)
-    for name, parameter, layout in layouts(model):
-        if counts_here(name, layout.cut is None, mesh):
-            assert parameter.grad is not None
-            total += parameter.grad.to(dtype).square().sum()
+    mine = [
+        grad.to(dtype)
+        for grad, (name, _, layout) in zip(gradients(model), model.parts, strict=True)
+        if counts_here(name, layout.cut is None, mesh)
+    ]
+    total = nn.utils.get_total_norm(mine).to(mesh.device, dtype).square()
     return all_sum(all_sum(total, mesh, "tp"), mesh, "pp").sqrt()
 
 

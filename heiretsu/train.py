@@ -15,7 +15,7 @@ from torch import Tensor
 
 from heiretsu.comm import all_sum
 from heiretsu.config import Run
-from heiretsu.layers import IGNORE, layouts, vocab_cross_entropy
+from heiretsu.layers import IGNORE, vocab_cross_entropy
 from heiretsu.layout import share
 from heiretsu.mesh import Mesh
 from heiretsu.model import GPT, initialise
@@ -94,10 +94,9 @@ def make_optimizer(model: GPT, run: Run) -> torch.optim.Optimizer:
     """
     if run.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), lr=run.lr)
-    named = list(layouts(model))
     groups = [
-        {"params": [p for _, p, _ in named if p.ndim >= 2], "weight_decay": run.weight_decay},
-        {"params": [p for _, p, _ in named if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for _, p, _ in model.parts if p.ndim >= 2], "weight_decay": run.weight_decay},
+        {"params": [p for _, p, _ in model.parts if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), eps=1e-8)

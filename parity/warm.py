@@ -2,6 +2,7 @@
 a fork) and must not touch CUDA (a context does not either).
 """
 
+import gc
 import signal
 
 import safetensors.torch
@@ -13,5 +14,7 @@ import torch.distributed.device_mesh
 import parity.backend
 
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # what was imported lives on: no rank need look through it, and copy its pages
 # Ranks inherit it: on Ctrl-C the parent ends them, and they say nothing of their own.
 signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -48,7 +48,9 @@ class Site(NamedTuple):
     instruction: int
 
     def __str__(self) -> str:
-        lines = [line for begin, end, line in self.code.co_lines() if begin <= self.instruction < end]
+        lines = [
+            line for begin, end, line in self.code.co_lines() if begin <= self.instruction < end
+        ]
         line = next((line for line in lines if line), self.code.co_firstlineno)
         return f"{self.code.co_filename}:{line} in {self.code.co_name}"
 

@@ -57,11 +57,7 @@ def lost_member(board: Board, waits: list[Wait]) -> Lost | None:
 def _stuck(board: Board, waits: dict[int, list[Wait]], gone: set[int]) -> set[int]:
     stuck = {r for r, calls in waits.items() if calls}
     while True:
-        freed = {
-            r
-            for r in stuck
-            if any(_can_end(board, wait, stuck | gone) for wait in waits[r])
-        }
+        freed = {r for r in stuck if any(_can_end(board, wait, stuck | gone) for wait in waits[r])}
         if not freed:
             return stuck
         stuck -= freed
@@ -88,9 +84,7 @@ def _left(board: Board, wait: Wait, rank: int) -> bool:
     return any(left[i] for i, r in enumerate(ranks) if r == rank)
 
 
-def _sentence(
-    board: Board, waits: dict[int, list[Wait]], gone: set[int]
-) -> tuple[list[str], bool]:
+def _sentence(board: Board, waits: dict[int, list[Wait]], gone: set[int]) -> tuple[list[str], bool]:
     """The chain of waits from this rank on, then the others; and whether it ends at a lost rank."""
     chain, rank, lines = [], board.rank, []
     ends = False

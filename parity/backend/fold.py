@@ -8,7 +8,8 @@ booleans the sum is "any", the product "all", and there is no average.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,35 +33,38 @@ _BITWISE = (_KINDS.BAND, _KINDS.BOR, _KINDS.BXOR)
 _ORDERED = (_KINDS.MIN, _KINDS.MAX)
 
 
-def name_of(op: dist.ReduceOp) -> str:
-    kind: str = _kind(op).name
-    return kind if kind != "PREMUL_SUM" else f"PREMUL_SUM by {_factor(op)}"
+class Reduction(NamedTuple):
+    """What a ReduceOp does to one dtype. `objection` says why it has no meaning, if it has none."""
+
+    name: str
+    fold: Fold
+    objection: str
 
 
-def objection(op: dist.ReduceOp, dtype: torch.dtype) -> str:
-    """Why this reduction has no meaning for this type; empty if it has."""
-    kind, sort = _kind(op), name_of(op)
+def reduction(op: dist.ReduceOp, dtype: torch.dtype) -> Reduction:
+    kind = getattr(op, "op", op)
+    if kind is _KINDS.PREMUL_SUM:
+        return _reduction(kind, dtype)._replace(
+            name=f"PREMUL_SUM by {op.factor}", fold=partial(_fold, kind, op.factor)
+        )
+    return _reduction(kind, dtype)
+
+
+@lru_cache(None)
+def _reduction(kind: dist.ReduceOp.RedOpType, dtype: torch.dtype) -> Reduction:
+    return Reduction(kind.name, partial(_fold, kind, None), _objection(kind, dtype))
+
+
+def _objection(kind: dist.ReduceOp.RedOpType, dtype: torch.dtype) -> str:
     if kind in _BITWISE and (dtype.is_floating_point or dtype.is_complex):
-        return f"{sort} works on bits, {dtype} has none to speak of: use integers"
+        return f"{kind.name} works on bits, {dtype} has none to speak of: use integers"
     if kind in _ORDERED and dtype.is_complex:
-        return f"{sort} needs an order, {dtype} has none: reduce the real view"
+        return f"{kind.name} needs an order, {dtype} has none: reduce the real view"
     if kind is _KINDS.AVG and dtype is torch.bool:
         return "there is no average of booleans: reduce them as numbers"
     if kind is _KINDS.PREMUL_SUM and not (dtype.is_floating_point or dtype.is_complex):
         return f"PREMUL_SUM multiplies by a real number, which {dtype} cannot hold"
     return ""
-
-
-def fold_by(op: dist.ReduceOp) -> Fold:
-    return partial(_fold, _kind(op), _factor(op))
-
-
-def _kind(op: dist.ReduceOp) -> dist.ReduceOp.RedOpType:
-    return op.op if isinstance(op, dist.ReduceOp) else op
-
-
-def _factor(op: dist.ReduceOp) -> float | Tensor | None:
-    return getattr(op, "factor", None) if _kind(op) is _KINDS.PREMUL_SUM else None
 
 
 def _fold(

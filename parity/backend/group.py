@@ -23,7 +23,7 @@ from parity.backend import moves
 from parity.backend.board import Board
 from parity.backend.call import AnyReceive, Call, Marks, Site, What, marks_of, site
 from parity.backend.engine import Engine
-from parity.backend.fold import fold_by, name_of, objection
+from parity.backend.fold import reduction
 from parity.backend.guard import Guard
 from parity.backend.lane import Lane
 from parity.backend.memory import Region
@@ -119,7 +119,7 @@ class CheckedGroup(ProcessGroup):  # type: ignore[misc]
             world.engine.settle()
         finally:
             world.board.leave(self._lane.at, self._seat)
-            if self._id == "0" or len(self._members) == world.board.world and self._is_default():
+            if self._id == "0" or (len(self._members) == world.board.world and self._is_default()):
                 world.board.end()
                 Place.world = None
 
@@ -176,8 +176,7 @@ class CheckedGroup(ProcessGroup):  # type: ignore[misc]
 
     def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Work:
         calls = [
-            self._gather("all_gather", x, out, opts)
-            for out, x in zip(outputs, inputs, strict=True)
+            self._gather("all_gather", x, out, opts) for out, x in zip(outputs, inputs, strict=True)
         ]
         return self._handle(calls, opts, outputs)
 
@@ -297,14 +296,15 @@ class CheckedGroup(ProcessGroup):  # type: ignore[misc]
     # What all calls share
 
     def _reduction(self, name: str, x: Tensor, op: Any, opts: Any, root: int | None = None) -> Call:
-        if problem := objection(op, x.dtype):
-            raise ValueError(f"{name} of {x.dtype}: {problem}")
+        kind = reduction(op, x.dtype)
+        if kind.objection:
+            raise ValueError(f"{name} of {x.dtype}: {kind.objection}")
         to = "" if root is None else f", root {self._members[root]}"
-        what = _what(name, x, name_of(op) + to)
+        what = _what(name, x, kind.name + to)
         takes = [x] if root in (None, self._seat) else []
 
         def move(call: Call, g: list[Tensor], t: list[Tensor]) -> moves.Move:
-            return moves.all_reduce(call, g[0], t[0] if t else None, fold_by(op))
+            return moves.all_reduce(call, g[0], t[0] if t else None, kind.fold)
 
         return self._start(what, [x], takes, move, opts)
 
@@ -335,14 +335,14 @@ class CheckedGroup(ProcessGroup):  # type: ignore[misc]
         return self._start(what, [x], takes, move, opts)
 
     def _reduce_scatter(self, out: Tensor, parts: list[Tensor], opts: Any) -> Call:
-        op = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
-        if problem := objection(op, out.dtype):
-            raise ValueError(f"reduce_scatter of {out.dtype}: {problem}")
-        what, n = _what("reduce_scatter", out, name_of(op)), len(self._members)
+        kind = reduction(getattr(opts, "reduceOp", dist.ReduceOp.SUM), out.dtype)
+        if kind.objection:
+            raise ValueError(f"reduce_scatter of {out.dtype}: {kind.objection}")
+        what, n = _what("reduce_scatter", out, kind.name), len(self._members)
 
         def move(call: Call, g: list[Tensor], t: list[Tensor]) -> moves.Move:
             gives = torch.stack(g) if len(g) > 1 else g[0].view(n, t[0].numel())
-            return moves.reduce_scatter(call, gives, t[0], fold_by(op))
+            return moves.reduce_scatter(call, gives, t[0], kind.fold)
 
         return self._start(what, parts, [out], move, opts)
 

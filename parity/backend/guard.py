@@ -69,7 +69,10 @@ class Guard:
 
     def check(self, phrase: str, place: str) -> None:
         """Raise Race unless everything is as it was."""
-        for held, role in [*((h, "output") for h in self._writes), *((h, "input") for h in self._reads)]:
+        for held, role in [
+            *((h, "output") for h in self._writes),
+            *((h, "input") for h in self._reads),
+        ]:
             x = held.tensor
             if (x.data_ptr(), x.untyped_storage().nbytes()) != (held.place, held.size):
                 how = "freed, resized or moved"

@@ -19,7 +19,7 @@ from parity.backend.lane import CHUNK, Lane
 Move = Iterator[int]
 Parts = Sequence[Tensor] | Tensor
 # Below this many bytes one rank reduces for all, while the others sleep; above, each its slice.
-SMALL = 1 << 15
+SMALL = 1 << 17
 
 
 class Poster(Protocol):
@@ -50,13 +50,15 @@ def all_reduce(call: Poster, give: Tensor, take: Tensor | None, fold: Fold) -> M
         _, rows = lane.rows(give.dtype, part.numel())
         rows[lane.seat].copy_(part)
         yield call.post()
-        slices = [row.tensor_split(len(rows)) for row in rows]
-        mine = [pieces[lane.seat] for pieces in slices]
+        edges = [part.numel() * seat // len(rows) for seat in range(len(rows) + 1)]
+        lower, upper = edges[lane.seat : lane.seat + 2]
+        mine = [row[lower:upper] for row in rows]
         fold(mine, mine[lane.seat])
         yield call.post()
         if take is not None:
-            for seat, out in enumerate(take[begin : begin + size].tensor_split(len(rows))):
-                out.copy_(slices[seat][seat])
+            whole = take[begin : begin + size]
+            for row, lower, upper in zip(rows, edges, edges[1:], strict=False):
+                whole[lower:upper].copy_(row[lower:upper])
 
 
 def all_gather(call: Poster, give: Tensor, takes: Sequence[Tensor] | Tensor | None) -> Move:
@@ -109,7 +111,9 @@ def all_to_all(call: Poster, gives: Parts, takes: Parts, dtype: torch.dtype) -> 
     """A part from each to each, of any size: G tensors, or one of [G, count] for equal sizes."""
     lane = call.lane
     cell = _cell(lane, dtype)
-    lane.tell_splits([t.numel() * t.itemsize for t in gives], [t.numel() * t.itemsize for t in takes])
+    lane.tell_splits(
+        [t.numel() * t.itemsize for t in gives], [t.numel() * t.itemsize for t in takes]
+    )
     longest = max(t.numel() for side in (gives, takes) for t in side)
     lane.tell(b.ROUNDS, -(-longest // cell))
     begin, rounds, n = 0, 1, len(lane.members)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,10 +47,11 @@ class Handle(Finished):
     """Of calls under way. What they bring stays out of sight until one asks for it."""
 
     def __init__(
-        self, engine: Engine, calls: Sequence[Call],
+        self,
+        engine: Engine,
+        calls: Sequence[Call],
         outputs: Sequence[Tensor],
         phrase: Callable[[], str],
-   
     ) -> None:
         super().__init__(outputs)
         self._engine, self._calls = engine, list(calls)
