@@ -17,6 +17,7 @@ from parity.backend.lane import Disagreement, Lane
 
 if TYPE_CHECKING:
     from parity.backend.guard import Guard
+    from parity.backend.ledger import Entry
     from parity.backend.moves import Move
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
@@ -30,7 +31,7 @@ class What(NamedTuple):
     name: str
     dtype: torch.dtype | None = None
     shape: tuple[int, ...] = ()
-    count: int = 0  # elements that all members must agree upon
+    elements: int = 0  # how many; all members must agree
     detail: str = ""
     verb: str = ""  # what the user called, if members call it by different names (send, recv)
 
@@ -87,7 +88,7 @@ def _digest(value: object) -> int:
 def marks_of(what: What, text: str, say: Callable[[str], int]) -> Marks:
     # A flat tensor is how one passes a shape on purpose, and fits any of the same size.
     shape = _digest(what.shape) if len(what.shape) > 1 else 0
-    agreed = _digest((what.name, str(what.dtype), what.count, what.detail))
+    agreed = _digest((what.name, str(what.dtype), what.elements, what.detail))
     return Marks(agreed, shape, say(text))
 
 
@@ -106,6 +107,7 @@ class Call:
         self.guard: Guard | None = None
         self.waited = 0.0  # seconds
         self.with_splits = False
+        self.entry: Entry | None = None  # of the ledger
 
     def issue(self, move: Move) -> None:
         """Join the lane's queue; nobody has been told anything yet but that it comes."""
@@ -155,6 +157,8 @@ class Call:
 
     def hand_over(self, is_promised: bool = False) -> None:
         """The caller takes the result: look whether the tensors were left alone, and fill them."""
+        if self.entry is not None:
+            self.entry.waited = self.waited
         if self.guard is not None:
             place = "its future" if is_promised else str(site())
             self.guard.check(self.lane.board.read(self.marks.phrase), place)

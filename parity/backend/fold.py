@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch import Tensor
 
 Fold = Callable[[Sequence[Tensor], Tensor], None]
 
-_KINDS = dist.ReduceOp.RedOpType
+_KINDS: Any = dist.ReduceOp.RedOpType
 _STEPS: dict[dist.ReduceOp.RedOpType, Callable[[Tensor, Tensor], Tensor]] = {
     _KINDS.SUM: Tensor.add_,
     _KINDS.AVG: Tensor.add_,

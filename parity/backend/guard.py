@@ -35,9 +35,9 @@ def _mark(x: Tensor) -> int:
     """A checksum; of much data a sum, which sees any single change but not an exchange of words."""
     raw = _bytes(x)
     if raw.numel() <= _BLOCK:
-        return zlib.crc32(raw.cpu().numpy())
+        return zlib.crc32(raw.cpu().numpy().data)
     cut = raw.numel() // 8 * 8
-    return int(raw[:cut].view(torch.int64).sum()) + zlib.crc32(raw[cut:].cpu().numpy())
+    return int(raw[:cut].view(torch.int64).sum()) + zlib.crc32(raw[cut:].cpu().numpy().data)
 
 
 def poison(x: Tensor) -> None:

@@ -34,7 +34,7 @@ class Lane:
         words = b.HEAD + b.ARRAYS * n + 2 * n * n
         control = (8 * words + 4095) // 4096 * 4096
         self.board, self.words, self.members, self.seat = board, board.words, members, seat
-        self.at = board.find_lane(
+        self.at: int = board.find_lane(
             name, members, control + 2 * n * CHUNK, owner.at if owner is not None else 0
         )
         begin = 8 * self.at + control

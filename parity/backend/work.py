@@ -11,6 +11,7 @@ from torch.distributed import Work
 
 from parity.backend.call import Call
 from parity.backend.engine import Engine
+from parity.errors import ParityError
 
 
 class Finished(Work):
@@ -90,13 +91,19 @@ class Handle(Finished):
     def get_future(self) -> torch.futures.Future[list[Tensor]]:
         if self._future is None:
             self._future = torch.futures.Future()
-            self._engine.promise(self._calls, self._keep, self._future.set_exception)
+            self._engine.promise(self._calls, self._keep, self._fail)
         return self._future
 
     def _keep(self) -> None:
         self._hand_over()
         assert self._future is not None
         self._future.set_result(self._outputs)
+
+    def _fail(self, error: ParityError) -> None:
+        self._is_over = True
+        assert self._future is not None
+        # Kept for whoever asks the future; typed for what a future brings, not for its failure.
+        self._future.set_exception(error)  # type: ignore[arg-type]
 
     def _source_rank(self) -> int:
         return self._calls[0].source

@@ -1,0 +1,238 @@
+"""What a rank does for any call on a group: name it, begin it, wait for it, hand its result over.
+
+All groups of a process share its world: one region of memory, one board, one engine.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work
+
+from parity.backend import moves
+from parity.backend.board import Board
+from parity.backend.call import AnyReceive, Call, Marks, Site, What, marks_of, site
+from parity.backend.engine import Engine
+from parity.backend.fold import Reduction, reduction
+from parity.backend.guard import Guard
+from parity.backend.lane import Lane
+from parity.backend.ledger import Entry, Ledger
+from parity.backend.memory import Region
+from parity.backend.mutation import Mutation
+from parity.backend.settings import Rule, Settings
+from parity.backend.work import Finished, Handle
+
+NAME = "parity"
+_DONE = Finished()
+
+
+class World:
+    """What the groups of one process share, from the first init_process_group to its end."""
+
+    def __init__(self, region: Region, rank: int) -> None:
+        self.region = region
+        self.board = Board(region, rank)
+        self.engine = Engine(self.board)
+        self.visits: Counter[str] = Counter()  # how often a group of that name was left
+        self.home: Member | None = None  # the first group, with which the world ends
+        settings = Place.settings
+        self.ledger = Ledger(settings.ledger) if settings.ledger else None
+        self.mutation = Mutation(settings.rules, rank) if settings.rules else None
+
+
+class Place:
+    """Of this process in the running world; one per process, like torch.distributed's own."""
+
+    world: World | None = None
+    settings = Settings()
+
+
+class Member(ProcessGroup):
+    """This rank in one group. `members` are global ranks; seats, as everywhere in c10d's groups,
+    places among them.
+    """
+
+    def __init__(self, world: World, name: str, members: list[int], seat: int) -> None:
+        super().__init__(seat, len(members))  # type: ignore[call-arg]
+        self.world, self._id, self.members, self.seat = world, name, members, seat
+        self.key = f"{name}|{members}|{world.visits[name]}"
+        self.lane = Lane(world.board, self.key, members, seat)
+        self.channels: dict[tuple[int, int, int], Lane] = {}
+        self._known: dict[tuple[What, Site], tuple[Marks, str]] = {}
+        self._batch: list[Call] | None = None
+        self._description = ""
+        self._is_open = True
+        world.home = world.home or self
+
+    # What torch.distributed asks of any group
+
+    def getBackendName(self) -> str:  # noqa: N802
+        return NAME
+
+    def name(self) -> str:
+        return NAME
+
+    @property
+    def group_name(self) -> Any:
+        return self._id
+
+    def _set_group_desc(self, text: str) -> None:
+        self._description = text
+
+    @property
+    def group_desc(self) -> str:
+        return self._description
+
+    def shutdown(self) -> None:
+        if not self._is_open:
+            return
+        self._is_open = False
+        world = self.world
+        world.visits[self._id] += 1
+        try:
+            world.engine.settle()
+        finally:
+            world.board.leave(self.lane.at, self.seat)
+            if world.home is self:
+                world.board.end()
+                Place.world = None
+
+    def abort(self) -> None:
+        self.shutdown()
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        self._batch = []
+
+    def _end_coalescing(self, device: torch.device) -> Work:
+        calls, self._batch = self._batch or [], None
+        return Handle(self.world.engine, calls, (), lambda: "a batch of calls")
+
+    def begin(
+        self,
+        what: What,
+        reads: list[Tensor],
+        writes: list[Tensor],
+        move: Callable[[Call, list[Tensor], list[Tensor]], moves.Move],
+        opts: Any,
+        lane: Lane | dict[int, Lane] | None = None,
+        *,
+        with_splits: bool = False,
+    ) -> Call:
+        """Begin a call. What the move sees are flat tensors: copies, unless the caller waits."""
+        place = site(2)
+        marks, text = self._marks(what, place)
+        rule = self._rule(text)
+        call: Call
+        if isinstance(lane, dict):
+            call = AnyReceive(lane, what, marks, place)
+        else:
+            call = Call(lane or self.lane, what, marks, place)
+        call.with_splits = with_splits
+        if rule is not None and rule.change == "skip":
+            call.is_done = True
+            return call
+        self._enter(call, reads or writes)
+        is_async = getattr(opts, "asyncOp", True)
+        gives = [_flat(x, is_async) for x in reads]
+        apart = is_async or rule is not None
+        takes = [_room(x, apart) for x in writes]
+        if is_async:
+            call.guard = Guard(reads, writes)
+        late = [(x, t) for x, t in zip(writes, takes, strict=True) if apart or not _is_flat(x)]
+        if late:
+            call.deliver = lambda: self._fill(late, rule, text, gives)
+        if self._batch is not None:
+            self._batch.append(call)
+        self.world.engine.start(call, lambda c: move(c, gives, takes))
+        return call
+
+    def kind_of(self, name: str, x: Tensor, op: Any, to: str = "") -> tuple[Reduction, What]:
+        kind = reduction(op, x.dtype)
+        if kind.objection:
+            raise ValueError(f"{name} of {x.dtype}: {kind.objection}")
+        what = what_of(name, x, kind.name + to)
+        rule = self._rule(self._marks(what, site(2))[1]) if self.world.mutation else None
+        if rule is not None and rule.change == "op" and rule.value != kind.name:
+            return self.kind_of(name, x, getattr(dist.ReduceOp, str(rule.value)), to)
+        return kind, what
+
+    def _marks(self, what: What, place: Site) -> tuple[Marks, str]:
+        found = self._known.get((what, place))
+        if found is None:
+            text = f"{what} on group {self._label()}, at {place}"
+            found = self._known[what, place] = marks_of(what, text, self.world.board.say), text
+        return found
+
+    def _rule(self, text: str) -> Rule | None:
+        mutation = self.world.mutation
+        return None if mutation is None else mutation.rule_for(text, self.lane.issued + 1)
+
+    def _enter(self, call: Call, tensors: list[Tensor]) -> None:
+        """Into the ledger, if there is one."""
+        ledger, what = self.world.ledger, call.what
+        if ledger is not None:
+            op, sort = (what.verb or what.name).split()[0], str(what.dtype).removeprefix("torch.")
+            size = sum(x.nbytes for x in tensors)
+            phase, module = ledger.place()
+            call.entry = Entry(op, self._label(), size, sort, phase, module, str(call.site))
+            ledger.add(call.entry)
+
+    def _fill(
+        self, pairs: list[tuple[Tensor, Tensor]], rule: Rule | None, text: str, gives: list[Tensor]
+    ) -> None:
+        """Put results where the caller looks for them."""
+        if rule is not None and self.world.mutation is not None:
+            if rule.change in ("drop", "stale"):  # what was there, before any poison
+                for (x, _), before in zip(pairs, gives, strict=False):
+                    if x.numel() == before.numel():
+                        x.detach().copy_(before.view(x.shape))
+            pairs = self.world.mutation.change(rule, text, pairs)
+        for x, result in pairs:
+            x.detach().copy_(result.view(x.shape))
+
+    def finish(self, calls: list[Call], opts: Any, outputs: Iterable[Tensor]) -> Work:
+        engine = self.world.engine
+        if self._batch is not None:
+            return _DONE  # the batch has the handle
+        if getattr(opts, "asyncOp", True):
+            return Handle(engine, calls, list(outputs), lambda: self.text_of(calls[0]))
+        for call in calls:
+            engine.wait(call)
+            call.hand_over()
+        return _DONE
+
+    def text_of(self, call: Call) -> str:
+        return self.world.board.read(call.marks.phrase)
+
+    def _label(self) -> str:
+        """The axis of a mesh, the name that somebody gave, or the ranks."""
+        given = self._description.removeprefix("mesh_")
+        if given in ("", "undefined"):
+            return str(self.members)
+        return "world" if given == "default_pg" else given
+
+
+def what_of(name: str, x: Tensor, detail: str = "") -> What:
+    return What(name, x.dtype, tuple(x.shape), x.numel(), detail)
+
+
+def _is_flat(x: Tensor) -> bool:
+    return x.is_contiguous()
+
+
+def _flat(x: Tensor, copy: bool) -> Tensor:
+    x = x.detach()
+    y = x.contiguous().view(-1)
+    return y.clone() if copy and y.data_ptr() == x.data_ptr() else y
+
+
+def _room(x: Tensor, apart: bool) -> Tensor:
+    """Where the result may go, flat: the tensor itself, or a place that nobody sees yet."""
+    if apart or not _is_flat(x):
+        return torch.empty(x.numel(), dtype=x.dtype, device=x.device)
+    return x.detach().view(-1)

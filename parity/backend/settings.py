@@ -1,0 +1,49 @@
+"""What is asked of the checking backend in one launch. Values: they travel to the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+CHANGES = ("drop", "scale", "stale", "op", "skip")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A change to some calls, to see whether anybody notices.
+
+    Calls are chosen by a part of their text (`all_reduce (SUM) of float32[8] on group tp, at
+    model.py:12 in forward`), by their number in the group's sequence, counted from 1, and by rank;
+    what is left out chooses all. The change is one of
+
+        drop    the call is made, and its result thrown away
+        scale   the result is multiplied by `value`
+        stale   the result of the call before at the same place is given (of the first: dropped)
+        op      reduce by `value` (as in MAX) instead
+        skip    the call is not made at all: others may then wait for ever, and are told so
+    """
+
+    change: str
+    where: str = ""
+    number: int | None = None
+    ranks: tuple[int, ...] | None = None
+    value: float | str = 0.0
+
+    def __post_init__(self) -> None:
+        if self.change not in CHANGES:
+            raise ValueError(f"change '{self.change}' is unknown (known: {', '.join(CHANGES)})")
+
+    def covers(self, text: str, number: int, rank: int) -> bool:
+        return (
+            self.where in text
+            and self.number in (None, number)
+            and (self.ranks is None or rank in self.ranks)
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`ledger`: how many calls each rank remembers, the latest ones; 0 keeps no ledger."""
+
+    ledger: int = 0
+    rules: tuple[Rule, ...] = field(default=())
+    watch: bool = False
