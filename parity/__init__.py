@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from parity.errors import ParityError, RanksFailed, TraceError, UsageError
     from parity.launcher import Backend, launch
     from parity.trace import Trace
+    from parity.world import world
 
 __all__ = [
     "Backend",
@@ -24,6 +25,7 @@ __all__ = [
     "UsageError",
     "launch",
     "nudge",
+    "world",
 ]
 __version__ = "0.1.0"
 
@@ -38,6 +40,7 @@ _HOME = {
     "TraceError": "errors",
     "UsageError": "errors",
     "nudge": "bounds",
+    "world": "world",
 }
 
 

@@ -36,6 +36,14 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run a matrix and judge every case", epilog=EXIT_CODES)
+    program = commands.add_parser(
+        "exec",
+        help="run a script that was written for torchrun, every call among its ranks checked",
+        description="parity exec --ranks 8 script.py ...: as torchrun --nproc_per_node=8, on the "
+        "CPUs of this host, with the checking backend whatever backend the script names",
+        epilog="exit status: 0 all ranks ended well; 2 a mistake in the command; 3 a rank failed",
+    )
+    _add_program(program)
     listing = commands.add_parser("list", help="print the cases of a matrix, and what is skipped")
     for command in (run, listing):
         _add_choice(command)
@@ -49,6 +57,12 @@ def _add_choice(command: argparse.ArgumentParser) -> None:
     add("--case", action="append", default=[], metavar="ID", help="as in dp2-tp2-pp1, or with *")
     add("--max-world", type=_positive, metavar="N", help="no case with more ranks than this")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add(
+        "--backend",
+        choices=("auto", "parity", "gloo", "nccl"),
+        default="auto",
+        help="parity checks every call among ranks, in shared memory; auto: that, or nccl on GPUs",
+    )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change an option")
 
 
@@ -59,8 +73,18 @@ def _add_how(command: argparse.ArgumentParser) -> None:
     add("--thresh", type=_above_zero, metavar="X", help="allow a relative error of X everywhere")
     add("--deadline", type=_above_zero, metavar="S", help="seconds that a case may take")
     add("--json", type=Path, metavar="FILE", help="write the report there too")
+    add("--ledger", action="store_true", help="count what ranks say to each other, per axis")
     add("--fail-fast", action="store_true", help="stop after the first case that did not pass")
     add("-v", "--verbose", action="store_true", help="print every tensor that is wrong")
+
+
+def _add_program(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--ranks", type=_positive, required=True, metavar="N", help="how many processes")
+    add("--watch", action="store_true", help="see early reads and writes where they happen")
+    add("--deadline", type=_above_zero, default=1e6, metavar="S", help="seconds that it may take")
+    add("script", type=Path)
+    add("arguments", nargs=argparse.REMAINDER, help="are the script's")
 
 
 def _positive(text: str) -> int:
@@ -85,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, _terminate)
     try:
-        return _run(args) if args.command == "run" else _list(args)
+        return {"run": _run, "list": _list, "exec": _exec}[args.command](args)
     except ParityError as error:
         for line in str(error).splitlines():
             print(f"parity: {line}", file=sys.stderr)
@@ -115,6 +139,8 @@ def _wish(args: argparse.Namespace) -> Wish:
         cases=args.case,
         max_world=args.max_world,
         device=args.device,
+        backend=args.backend,
+        ledger=bool(given.get("ledger")),
         settings=args.set,
         dtypes=given.get("dtype") or (),
         steps=given.get("steps"),
@@ -134,6 +160,17 @@ def _list(args: argparse.Namespace) -> int:
         print(f"{skip.case.id:<16} skipped: {skip.reason}")
     print(f"{len(cases)} cases, {len(skipped)} skipped")
     return PASSED if cases else USAGE
+
+
+def _exec(args: argparse.Namespace) -> int:
+    if not args.script.is_file():
+        raise UsageError(f"{args.script}: no such file; give the path of a Python script")
+    from parity.backend import Settings
+    from parity.script import run_script
+
+    settings = Settings(watch=args.watch)
+    run_script(args.script, args.arguments, args.ranks, settings, args.deadline)
+    return PASSED
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any
 import torch.distributed as dist
 
 from parity import rank as rank_side
+from parity.backend.settings import Settings
 from parity.errors import RanksFailed
 
 # Seconds that the others get to fail by themselves, or to end, once one rank has failed: what they
@@ -43,6 +44,7 @@ class Backend:
     name: str = "parity"
     device: str = "cpu"
     deadline: float = 300.0  # seconds for one launch
+    settings: Settings = field(default_factory=Settings)  # of the checking backend alone
 
 
 @dataclass
@@ -75,9 +77,11 @@ def launch_groups(
     groups: Sequence[tuple[Any, ...]],
     *,
     backend: Backend | None = None,
+    is_script: bool = False,
 ) -> list[list[Any]]:
     """As `launch`, for several groups side by side that know nothing of each other: one for each
-    element of `groups`, which holds its arguments. One that fails ends them all.
+    element of `groups`, which holds its arguments. One that fails ends them all. A script is
+    called with its rank, joins the group by itself, and prints where this process does.
     """
     backend = backend or Backend()
     with tempfile.TemporaryDirectory(prefix="parity-") as name:
@@ -87,7 +91,14 @@ def launch_groups(
                 folder = Path(name) / f"group{index}"
                 for number in range(world):
                     seat = rank_side.Seat(
-                        number, world, backend.name, backend.device, backend.deadline, str(folder)
+                        number,
+                        world,
+                        backend.name,
+                        backend.device,
+                        backend.deadline,
+                        str(folder),
+                        backend.settings,
+                        is_script,
                     )
                     ranks.append(_start(seat, function, args))
             _supervise(ranks, time.monotonic() + backend.deadline)
@@ -206,13 +217,29 @@ def _failure(ranks: list[_Rank], backend: Backend) -> RanksFailed:
     first = found[0][1].kind
     late = first in ("is", "waits")
     head = f"not done after {backend.deadline:g} s, the deadline; " if late else ""
-    lines = [f"{'' if i else head}rank {r.number} {o.summary}" for i, (r, o) in enumerate(found)]
+    who = _who(found)
+    spoken = [(who[r.number], o) for r, o in found if r.number in who]
+    lines = [f"{'' if i else head}{name} {o.summary}" for i, (name, o) in enumerate(spoken)]
     if found[0][1].detail and not late:
         lines[1:1] = [f"    {line}" for line in found[0][1].detail.rstrip().splitlines()]
     for r, outcome in found:
         if outcome.kind in ("raised", "died"):
             lines += _tail_of_log(r)
     return RanksFailed("\n".join(lines), tuple(r.number for r, o in found if o.kind == first))
+
+
+def _who(found: Sequence[tuple[_Rank, rank_side.Outcome]]) -> dict[int, str]:
+    """By the first rank of those who say the same of each other: their names together."""
+    said: dict[tuple[str, str], list[int]] = {}
+    for r, outcome in found:
+        alone = "" if outcome.kind == "raised" and outcome.detail else str(r.number)
+        said.setdefault((outcome.summary + alone, outcome.detail), []).append(r.number)
+    return {
+        ranks[0]: f"rank {ranks[0]}"
+        if len(ranks) == 1
+        else f"ranks {', '.join(map(str, sorted(ranks)))}"
+        for ranks in said.values()
+    }
 
 
 def _tail_of_log(r: _Rank, count: int = 10) -> list[str]:

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from parity import matrix as matrices
+from parity.backend import Settings
 from parity.case import Case, Run, Scalar, parse_axes
 from parity.errors import UsageError
 from parity.judge import Override
 from parity.launcher import Backend
+from parity.ledger import SIZE
 from parity.matrix import DTYPES, Matrix, Skip
 
 
@@ -72,6 +74,8 @@ class Wish:
     cases: Sequence[str] = ()
     max_world: int | None = None
     device: str = "auto"
+    backend: str = "auto"
+    ledger: bool = False
     settings: Sequence[str] = ()
     dtypes: Sequence[str] = ()
     steps: int | None = None
@@ -85,6 +89,8 @@ def prepare(path: Path, wish: Wish) -> tuple[Plan, list[Skip]]:
     sys.path.insert(0, str(path.resolve().parent))
     matrix = matrices.load(path)
     device, room = _room(wish, matrix)
+    if problem := _wrong_backend(wish, device):
+        raise UsageError(problem)
     options = {**matrix.options, **_settings(wish.settings, matrix)}
     every = matrices.combinations(matrix, room)
     skipped = list(matrices.skips(every, room, _objections(matrix, options)))
@@ -119,6 +125,8 @@ def _room(wish: Wish, matrix: Matrix) -> tuple[str, int]:
     wanted = wish.max_world or matrix.max_world
     if wish.device == "cpu" or not gpus:
         return "cpu", wanted
+    if wish.backend == "parity":  # through the host's memory, as many ranks as one likes per GPU
+        return "cuda", wanted
     if wish.max_world and wish.max_world > gpus:
         raise UsageError(
             f"--max-world {wish.max_world}: {gpus} GPUs are visible; use --max-world {gpus}, "
@@ -215,8 +223,25 @@ def _plan(
         steps=wish.steps or matrix.steps,
         seed=matrix.seed,
         overrides=overrides,
-        backend=Backend("nccl" if device == "cuda" else "parity", device, deadline),
+        backend=_backend(wish, device, deadline),
     )
+
+
+def _backend(wish: Wish, device: str, deadline: float) -> Backend:
+    name = wish.backend
+    if name == "auto":
+        name = "nccl" if device == "cuda" and not wish.ledger else "parity"
+    return Backend(name, device, deadline, Settings(ledger=SIZE if wish.ledger else 0))
+
+
+def _wrong_backend(wish: Wish, device: str) -> str:
+    if wish.backend == "nccl" and device != "cuda":
+        return "--backend nccl: it needs GPUs; use parity or gloo"
+    if wish.backend == "gloo" and device == "cuda":
+        return "--backend gloo: heeds no GPU here; use nccl, or parity, which passes by the host"
+    if wish.ledger and wish.backend not in ("auto", "parity"):
+        return f"--ledger: {wish.backend} keeps none; leave --backend out, or choose parity"
+    return ""
 
 
 def _baselines(matrix: Matrix) -> list[Baseline]:

@@ -17,10 +17,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from parity.backend import Settings
 
 STACK_SIGNAL = signal.SIGUSR1
 STACK, LOG = "stack.txt", "log.txt"
@@ -35,6 +39,8 @@ class Seat(NamedTuple):
     device: str
     deadline: float
     folder: str
+    settings: Settings
+    is_script: bool = False  # it joins the group itself, and prints where its parent does
 
 
 class Outcome(NamedTuple):
@@ -65,9 +71,10 @@ def _settle(seat: Seat) -> None:
     os.setpgid(0, 0)  # a group of its own, to be ended with all that it starts
     _die_with_the_parent()
     own = Path(seat.folder) / f"rank{seat.rank}"
-    log = os.open(own / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    if not seat.is_script:
+        log = os.open(own / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
     faulthandler.enable(file=sys.stderr)
     faulthandler.register(STACK_SIGNAL, file=(own / STACK).open("w"), all_threads=True)
     # One rank per core at most: ranks share the machine, and threads of theirs would fight for it.
@@ -98,17 +105,22 @@ def _call(seat: Seat, function: Callable[..., Any], args: tuple[Any, ...]) -> An
     import torch
     import torch.distributed as dist
 
-    import parity.backend  # noqa: F401 (registers the backend of that name)
+    from parity.backend import configure
 
     device = None
     if seat.device == "cuda":
-        device = torch.device("cuda", seat.rank)
+        # Over shared memory several ranks may have one GPU; NCCL wants one each.
+        device = torch.device("cuda", seat.rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         # Atomic additions make copies of one gradient differ in their last bits.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     else:
         torch.set_num_threads(1)
+    watch = configure(seat.settings) or nullcontext()
+    if seat.is_script:
+        with watch:
+            return function(seat.rank, *args)
     store = dist.FileStore(  # type: ignore[attr-defined]
         str(Path(seat.folder) / "store"), seat.world
     )
@@ -120,21 +132,31 @@ def _call(seat: Seat, function: Callable[..., Any], args: tuple[Any, ...]) -> An
         timeout=timedelta(seconds=seat.deadline + 60),  # ours comes first, and says more
         device_id=device,
     )
-    value = function(*args)
-    dist.destroy_process_group()
+    with watch:
+        value = function(*args)
+    if dist.is_initialized():  # the function may have ended it itself
+        dist.destroy_process_group()
     return value
 
 
 def _outcome_of(error: BaseException) -> Outcome:
     import torch.distributed as dist
 
+    from parity.errors import Lost, ProtocolError
+
     said = str(error).splitlines()[0] if str(error) else ""
-    lost = isinstance(error, dist.DistError) or any(
+    lost = isinstance(error, dist.DistError | Lost) or any(
         sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer")
     )
     summary = f"{'lost the others' if lost else 'raised'}: {type(error).__name__}: {said}"
-    detail = "".join(traceback.format_exception(error))
+    # What ranks did to each other is said in full, with everybody's place: a stack adds nothing.
+    whole = isinstance(error, ProtocolError)
+    detail = "\n".join(str(error).splitlines()[1:]) if whole else _stack(error)
     return Outcome("lost" if lost else "raised", summary, detail, time.time())
+
+
+def _stack(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
 
 
 def _leave(code: int) -> NoReturn:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from parity import ledger
+from parity.backend import take_ledger
 from parity.case import Run
 from parity.errors import TraceError
 from parity.launcher import Backend, launch_groups
@@ -26,25 +28,35 @@ def record(
     world = runs[0].case.world
     numbered = list(enumerate(runs))
     with TemporaryDirectory(prefix="parity-") as folder:
-        groups = [(target, numbered[lane::lanes], folder) for lane in range(lanes)]
+        groups = [(target, numbered[i::lanes], folder, backend.device) for i in range(lanes)]
         launch_groups(trace_on_rank, world, groups, backend=backend)
-        yield [
-            Recording([_file(folder, i, rank) for rank in range(world)]) for i in range(len(runs))
-        ]
+        yield [_recording(folder, i, world) for i in range(len(runs))]
 
 
-def trace_on_rank(target: str, runs: Sequence[tuple[int, Run]], folder: str) -> None:
+def _recording(folder: str, run: int, world: int) -> Recording:
+    files = [_file(folder, run, rank) for rank in range(world)]
+    kept = [file.with_suffix(".ledger") for file in files]
+    return Recording(files, [ledger.load(path) for path in kept if path.exists()])
+
+
+def trace_on_rank(
+    target: str, runs: Sequence[tuple[int, Run]], folder: str, device: str = "cpu"
+) -> None:
     """Runs on every rank: call the target once per run, and leave its traces in `folder`."""
+    import torch
     import torch.distributed as dist
 
     rank = dist.get_rank()
-    device = f"cuda:{rank}" if dist.get_backend() == "nccl" else "cpu"
+    if device == "cuda":
+        device = f"cuda:{torch.cuda.current_device()}"
     function = resolve(target)
     for i, run in runs:
         trace = function(replace(run, rank=rank, device=device))
         if not isinstance(trace, Trace):
             raise TraceError(f"{target} returned {type(trace).__name__}, not a parity.Trace")
         trace.save(_file(folder, i, rank))
+        if entries := take_ledger():
+            ledger.save(entries, _file(folder, i, rank).with_suffix(".ledger"))
 
 
 def _file(folder: str, run: int, rank: int) -> Path:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from parity import ledger
 from parity.bounds import LOOSE
 from parity.case import Case
 from parity.errors import COULD_NOT_RUN, PARITY_FAILURE, PASSED, USAGE
@@ -94,9 +95,15 @@ def text(report: Report, *, verbose: bool = False) -> str:
     """The whole report as it stands at the end of a run."""
     parts = [_table(report.results)] if report.results else []
     parts += [_failure(report, result, verbose) for result in report.results if _is_bad(result)]
+    parts += [_ledger(result) for result in report.results if result.ledger]
     parts += [_overrides(report.plan)] if report.plan.overrides else []
     parts += [_counts(report), _summary(report)]
     return "\n\n".join(parts)
+
+
+def _ledger(result: Result) -> str:
+    run = result.judged[0].run.label if result.judged else "its first run"
+    return f"{result.case.id}: what all ranks said, {run}\n{ledger.table(result.ledger)}"
 
 
 def _is_bad(result: Result) -> bool:

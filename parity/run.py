@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from parity.baseline import Baselines
 from parity.bounds import Expected
 from parity.case import Case, Run
 from parity.errors import RanksFailed
 from parity.judge import LOGIC, Override, Verdict, judge
+from parity.ledger import Sums, total
 from parity.plan import Baseline, Plan
 from parity.record import record
 from parity.trace import CHECKS, Key, Recording
@@ -41,6 +42,7 @@ class Result:
     seconds: float
     judging: float = 0.0
     diff: float | None = None
+    ledger: Sums = field(default_factory=dict)  # of the first run, if one was asked for
     error: str = ""
 
     @property
@@ -73,6 +75,7 @@ class Session:
         try:
             with record(self.plan.target, runs, self.plan.backend) as recordings:
                 ran = time.perf_counter() - start
+                sums = total(recordings[0].ledgers)
                 for run, recording in zip(runs, recordings, strict=True):
                     wholes = _wholes(recording)
                     judged += self._judge(run, wholes)
@@ -84,7 +87,8 @@ class Session:
             return Result(case, "error", [], seconds, error="its only baseline is the case itself")
         good = all(verdict.good for j in judged for verdict in j.verdicts)
         status = "pass" if good else "fail"
-        return Result(case, status, judged, seconds, seconds - ran, max(diffs, default=None))
+        diff = max(diffs, default=None)
+        return Result(case, status, judged, seconds, seconds - ran, diff, sums)
 
     def _judge(self, run: Run, wholes: dict[Key, Whole]) -> Iterator[Judged]:
         for baseline in self.plan.baselines:

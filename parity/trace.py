@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from parity.backend import Entry
 from parity.errors import TraceError
 
 # The checks, in the order in which a training step makes what they compare.
@@ -103,8 +104,9 @@ def _check(box: Box, size: tuple[int, ...]) -> None:
 class Recording:
     """The saved traces of all ranks of one run; tensors are read when they are asked for."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        """`paths` in order of the ranks."""
+    def __init__(self, paths: Sequence[Path], ledgers: Sequence[list[Entry]] = ()) -> None:
+        """`paths`, and `ledgers` if any were kept, in order of the ranks."""
+        self.ledgers = ledgers
         self._files = [safe_open(path, framework="pt") for path in paths]
         self._where: dict[Key, list[tuple[int, Box, str]]] = {}
         for rank, file in enumerate(self._files):

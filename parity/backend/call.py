@@ -108,6 +108,7 @@ class Call:
         self.waited = 0.0  # seconds
         self.with_splits = False
         self.entry: Entry | None = None  # of the ledger
+        self.landed: Callable[[], None] | None = None  # whom to tell that it is over
 
     def issue(self, move: Move) -> None:
         """Join the lane's queue; nobody has been told anything yet but that it comes."""
@@ -159,6 +160,8 @@ class Call:
         """The caller takes the result: look whether the tensors were left alone, and fill them."""
         if self.entry is not None:
             self.entry.waited = self.waited
+        if self.landed is not None:
+            self.landed()
         if self.guard is not None:
             place = "its future" if is_promised else str(site())
             self.guard.check(self.lane.board.read(self.marks.phrase), place)

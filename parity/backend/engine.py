@@ -30,6 +30,7 @@ class Engine:
         self.busy: dict[int, Lane] = {}  # lanes with calls under way, by their place
         self.changed = threading.Condition(threading.RLock())
         self._is_driven = False
+        self._has_failed = False
         self._waiting: dict[int, Call] = {}  # what each thread of this process is blocked in
         self._callers = {threading.main_thread().ident}
         self._open_choices: list[AnyReceive] = []
@@ -76,6 +77,9 @@ class Engine:
                         self.changed.wait(NAP)
                     else:
                         self._drive(call)
+            except ParityError:
+                self._has_failed = True
+                raise
             finally:
                 del self._waiting[thread]
         call.waited += time.perf_counter() - begin
@@ -200,7 +204,9 @@ class Engine:
             self.complaints.append(_forgotten(phrase()))
 
     def settle(self) -> None:
-        """At the end: everything must have been waited for."""
+        """At the end: everything must have been waited for, unless something else went wrong."""
+        if self._has_failed:
+            return
         for handle in list(self.unwaited):
             self.forget(handle)
         self.complain()

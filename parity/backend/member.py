@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from parity.backend.ledger import Entry, Ledger
 from parity.backend.memory import Region
 from parity.backend.mutation import Mutation
 from parity.backend.settings import Rule, Settings
+from parity.backend.watch import Watch
 from parity.backend.work import Finished, Handle
 
 NAME = "parity"
@@ -41,8 +43,9 @@ class World:
         self.visits: Counter[str] = Counter()  # how often a group of that name was left
         self.home: Member | None = None  # the first group, with which the world ends
         settings = Place.settings
-        self.ledger = Ledger(settings.ledger) if settings.ledger else None
+        self.ledger = Place.ledger = Ledger(settings.ledger) if settings.ledger else None
         self.mutation = Mutation(settings.rules, rank) if settings.rules else None
+        self.watch = Place.watch
 
 
 class Place:
@@ -50,6 +53,8 @@ class Place:
 
     world: World | None = None
     settings = Settings()
+    watch: Watch | None = None
+    ledger: Ledger | None = None  # of the last world: to be read after its end too
 
 
 class Member(ProcessGroup):
@@ -143,6 +148,9 @@ class Member(ProcessGroup):
         takes = [_room(x, apart) for x in writes]
         if is_async:
             call.guard = Guard(reads, writes)
+            if self.world.watch is not None:
+                self.world.watch.begin(id(call), reads, writes, text)
+                call.landed = partial(self.world.watch.end, id(call))
         late = [(x, t) for x, t in zip(writes, takes, strict=True) if apart or not _is_flat(x)]
         if late:
             call.deliver = lambda: self._fill(late, rule, text, gives)

@@ -170,8 +170,7 @@ def context_parallel() -> float:
     world, rank = dist.get_world_size(), dist.get_rank()
     generator = torch.Generator().manual_seed(4)
     q, k, v = (
-        torch.randn(2, 4, 8 * world, 16, generator=generator, dtype=torch.float64)
-        for _ in range(3)
+        torch.randn(2, 4, 8 * world, 16, generator=generator, dtype=torch.float64) for _ in range(3)
     )
     want = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     ring._cp_options.enable_load_balance = False
