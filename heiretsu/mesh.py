@@ -107,7 +107,7 @@ class Mesh:
         # NCCL runs what is queued on a communicator in order.
         if self.topology.pp > 1:
             for line in self.topology.lines("pp"):
-                group = dist.new_group(line)
+                group = dist.new_group(line, group_desc="pp upstream")
                 if self.rank in line:
                     self._groups["pp upstream"] = group
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from parity.errors import ParityError, RanksFailed, TraceError, UsageError
     from parity.launcher import Backend, launch
     from parity.trace import Trace
-    from parity.world import world
+    from parity.ranks import world
 
 __all__ = [
     "Backend",
@@ -40,7 +40,7 @@ _HOME = {
     "TraceError": "errors",
     "UsageError": "errors",
     "nudge": "bounds",
-    "world": "world",
+    "world": "ranks",
 }
 
 

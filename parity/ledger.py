@@ -1,4 +1,4 @@
-"""What ranks said to each other in a run, by axis: kept as a file per rank, printed as one table."""
+"""What ranks said to each other in a run, by axis: a file per rank, and one table."""
 
 from __future__ import annotations
 
