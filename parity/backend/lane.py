@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from parity.backend import board as b
 from parity.backend.board import Board
-
-if TYPE_CHECKING:
-    from parity.backend.call import Call
 
 CHUNK = 1 << 19  # bytes of a row: what a member hands over in one step
 _CACHED = 128  # views kept per lane
@@ -44,7 +41,7 @@ class Lane:
         self._half = 0
         self.step = 0
         self.issued = 0
-        self.queue: deque[Call] = deque()
+        self.queue: deque[Any] = deque()  # of calls, the first of which is under way
         self._last: Callable[[], None] | None = None
 
     # Words with one value per member
