@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from parity.case import Case, Run
     from parity.errors import ParityError, RanksFailed, TraceError, UsageError
     from parity.launcher import Backend, launch
-    from parity.trace import Trace
     from parity.ranks import world
+    from parity.trace import Trace
 
 __all__ = [
     "Backend",

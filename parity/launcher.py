@@ -189,9 +189,10 @@ def _read_stack(path: Path, patience: float) -> str:
 _LIBRARY = (
     sysconfig.get_path("stdlib"),
     sysconfig.get_path("purelib"),
-    f'File "{Path(__file__).parent}{os.sep}',
+    f'"{Path(__file__).parent}{os.sep}',
     '"<',
 )
+_ENGINE = f'"{Path(__file__).parent / "backend" / "engine.py"}"'
 _COLLECTIVES = f'"{Path(dist.__file__).parent / "distributed_c10d.py"}"'
 
 
@@ -200,6 +201,7 @@ def _where(stack: str) -> tuple[str, str]:
     frames = [line.strip()[5:] for line in stack.splitlines() if line.strip().startswith("File ")]
     own = next((f for f in frames if not any(part in f for part in _LIBRARY)), None)
     calls = [f.rsplit(" ", 1)[1] for f in frames if f.startswith(_COLLECTIVES)]
+    calls += ["a call to others" for f in frames if f.startswith(_ENGINE)]
     place = own or "a place outside of the program's own code"
     return (
         ("waits", f"waits in {calls[0]}, called at {place}") if calls else ("is", f"is at {place}")

@@ -85,9 +85,8 @@ def _left(board: Board, wait: Wait, rank: int) -> bool:
 
 
 def _sentence(board: Board, waits: dict[int, list[Wait]], gone: set[int]) -> tuple[list[str], bool]:
-    """The chain of waits from this rank on, then the others; and whether it ends at a lost rank."""
-    chain, rank, lines = [], board.rank, []
-    ends = False
+    """The chain of waits from the first rank on, then the others; and whether its end is lost."""
+    chain, rank, lines, ends = [], min(waits), [], False
     while rank not in chain:
         chain.append(rank)
         wait = waits[rank][0]

@@ -85,14 +85,14 @@ def _run(
         if call is None or rank not in call.members:
             continue
         at = At(groups[call.group], call.members.index(rank), first + place)
-        rng = random.Random(seed + rank)
+        rng = random.Random(seed + rank)  # noqa: S311
         works, bring = issue(call, at, rng)
         due = place + rng.choice([0, 0, 1, 2, 5, 100])
         waiting.append((due, Under(place, call, works, bring)))
         now = [w for due, w in waiting if due <= place]
         waiting = [(due, w) for due, w in waiting if due > place]
         found |= {w.place: w.wait() for w in rng.sample(now, len(now))}
-    rest = random.Random(rank).sample(waiting, len(waiting))
+    rest = random.Random(rank).sample(waiting, len(waiting))  # noqa: S311
     return found | {w.place: w.wait() for _, w in rest}
 
 

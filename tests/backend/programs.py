@@ -78,7 +78,7 @@ class Call:
 
 
 def make_plan(seed: int, world: int, programs: tuple[tuple[int, ...], ...]) -> Plan:
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311
     groups = [rng.sample(range(world), rng.randint(1, world)) for _ in range(3)]
     chunk = rng.choice([1024, 4096])
     small = rng.choice([256, 1024])
@@ -101,7 +101,7 @@ def ops_of(dtype: torch.dtype, kind: str) -> tuple[str, ...]:
 def decode(seed: int, plan: Plan) -> Call | None:
     if seed == 0:
         return None
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311
     group = rng.randrange(len(plan.groups))
     members, kind = plan.groups[group], rng.choice(KINDS)
     if len(members) == 1 and kind == "any":
@@ -241,7 +241,7 @@ def place(shape: Shape, dtype: torch.dtype, luck: int) -> Placed:
         return Placed(base, base[..., 1])
     if way == 2:
         base = torch.ones(shape[::-1], dtype=dtype)
-        return Placed(base, base.permute(*range(len(shape))[::-1]))
+        return Placed(base, base.permute(tuple(range(len(shape)))[::-1]))
     base = torch.ones(shape, dtype=dtype)
     return Placed(base, base)
 
