@@ -14,13 +14,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tabulate import tabulate
 
-from parity.case import Case, parse_axes
-from parity.plan import Plan, Wish, prepare
+from parity import launch
+from parity.case import Case, Run, parse_axes
+from parity.plan import Plan, Wish, prepare, resolve
 from parity.run import Session
 from parity.trace import CHECKS
 
@@ -31,18 +33,21 @@ SAMPLE = ("dp2-tp1-pp1", "dp1-tp2-pp1", "dp1-tp1-pp2", "dp2-tp2-pp2")
 def whole_matrix(plan: Plan) -> None:
     start = time.perf_counter()
     session = Session(plan)
-    session.baselines.prepare(plan.cases[0])
+    for case in plan.cases:
+        session.baselines.prepare(case)
     baselines = time.perf_counter() - start
     results = []
     for case in plan.cases:
         results.append(session.result(case))
         print(f"  {case.id:<14} {results[-1].status} {results[-1].seconds:6.1f} s", flush=True)
     total = time.perf_counter() - start
+    floor = len(results) * one_process(plan) / (os.cpu_count() or 1)
     judging = sum(result.judging for result in results)
     ranks = sum(result.seconds for result in results) - judging
     rows = [
         ("baselines, disturbed ones too", baselines),
         ("ranks, from their start to their end", ranks),
+        ("  floor: the same runs on one process, over the cores", floor),
         ("judging", judging),
         ("rest", total - baselines - ranks - judging),
         ("whole matrix", total),
@@ -51,6 +56,24 @@ def whole_matrix(plan: Plan) -> None:
     print(
         tabulate([(name, f"{s:.1f}", f"{s / total:.0%}") for name, s in rows], ["phase", "s", ""])
     )
+    print(f"the ranks take {ranks / floor:.1f} times their floor")
+
+
+def one_process(plan: Plan) -> float:
+    """Seconds of the processor that all runs of a case take where there is one rank."""
+    case = next(case for case in plan.cases if case.world == 1)
+    runs = [replace(run, rank=0, device="cpu") for run in plan.runs(case)]
+    (seconds,) = launch(cpu_time, 1, plan.target, runs, backend=plan.backend)
+    return float(seconds)
+
+
+def cpu_time(target: str, runs: Sequence[Run]) -> float:
+    """On the rank."""
+    function = resolve(target)
+    begin = time.process_time()
+    for run in runs:
+        function(run)
+    return time.process_time() - begin
 
 
 def today(case: str) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parity.errors import Race
 
-_POISON_BYTE = 0xA5
+_POISON_BYTE = 0xA5  # of integers: no likely value, and -91 where there is a sign
 _BLOCK = 1 << 16  # words
 
 
@@ -57,7 +57,7 @@ def poison(x: Tensor) -> None:
     if x.dtype.is_floating_point or x.dtype.is_complex:
         x.detach().fill_(float("nan"))
     elif x.dtype is not torch.bool:  # a boolean has no value that is none
-        x.detach().view(-1).fill_(-_POISON_BYTE if x.dtype.is_signed else _POISON_BYTE)
+        x.detach().fill_(_POISON_BYTE - 256 if x.dtype.is_signed else _POISON_BYTE)
 
 
 def _hold(x: Tensor) -> _Held:

@@ -22,7 +22,7 @@ from contextlib import suppress
 
 import torch
 
-SIZE = 1 << 36  # of address space, in bytes; what is never written takes no memory
+SIZE = 1 << 34  # of address space, in bytes; what is never written takes no memory
 HEADER = 4096
 _LOCK, _WORLD = 128, 0  # byte offsets in the header
 _MAGIC = 0x7061726974790001

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from parity import Backend
 from parity.case import Case, parse_axes
 from parity.plan import Plan, Wish, prepare
 from parity.report import what_is_wrong
@@ -76,6 +77,23 @@ def test_bfloat16(case: str) -> None:
     session = Session(plan(steps=2, dtypes=["bfloat16"]))
     result = session.result(Case(parse_axes(case)))
     assert result.status == "pass", explain(result)
+
+
+@pytest.mark.parametrize("case", ["dp2-tp1-pp2", "dp1-tp2-pp2"])
+def test_gloo_comes_to_the_same_verdicts(case: str, session: Session) -> None:
+    """And to the same tensors, but for the order in which it adds: to 1e-13 in float64."""
+    own = replace(session.plan, backend=Backend("gloo", deadline=session.plan.backend.deadline))
+    here, there = (
+        s.result(Case(parse_axes(case))) for s in (session, Session(own, session.baselines))
+    )
+    assert there.status == here.status == "pass", explain(there)
+    for a, b in zip(here.judged, there.judged, strict=True):
+        assert [v.key for v in a.verdicts] == [v.key for v in b.verdicts]
+        if a.run.dtype == "float64":
+            for v, w in zip(a.verdicts, b.verdicts, strict=True):
+                assert v.status in ("exact", "ok") and w.status in ("exact", "ok")
+                if v.key.check in ("forward", "gradient"):
+                    assert v.error + w.error < 1e-13
 
 
 def test_the_hard_task_is_hard() -> None:
