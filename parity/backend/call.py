@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from hashlib import blake2b
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from parity.backend import board as b
 from parity.backend.lane import Disagreement, Lane
@@ -20,7 +21,28 @@ if TYPE_CHECKING:
     from parity.backend.ledger import Entry
     from parity.backend.moves import Move
 
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+P = ParamSpec("P")
+R = TypeVar("R")
+_TORCH, _HERE = Path(torch.__file__).parent, Path(__file__).parent
+_NOT_THE_USERS = (str(_TORCH), str(_HERE), "<")
+_THE_CALL_ITSELF = (
+    str(_HERE),
+    str(_TORCH / "distributed" / "distributed_c10d.py"),
+    str(_TORCH / "distributed" / "c10d_logger.py"),
+)
+
+
+def unseen(function: Callable[P, R]) -> Callable[P, R]:
+    """What the backend does to tensors is nothing that a user's dispatch mode should count."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch._C._len_torch_dispatch_stack():
+            return function(*args, **kwargs)
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call
 
 
 class What(NamedTuple):
@@ -71,6 +93,14 @@ def site(depth: int = 1) -> Site:
         last, frame = frame, frame.f_back
     assert last is not None
     return Site(last.f_code, last.f_lasti)
+
+
+def is_called_by_the_user() -> bool:
+    """Whether the user's own line made the call at hand, and not some other part of torch."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_THE_CALL_ITSELF):
+        frame = frame.f_back
+    return frame is None or _is_the_users(frame.f_code)
 
 
 class Marks(NamedTuple):
@@ -156,6 +186,7 @@ class Call:
         if last is not None:
             last()
 
+    @unseen
     def hand_over(self, is_promised: bool = False) -> None:
         """The caller takes the result: look whether the tensors were left alone, and fill them."""
         if self.entry is not None:

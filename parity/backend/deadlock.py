@@ -43,7 +43,10 @@ def lost_member(board: Board, waits: list[Wait]) -> Lost | None:
     """A member that a call lacks and that has gone; of a choice, if none is left."""
     board.region.acquire()
     lost = [
-        next((r for r in _missing(board, w) if board.is_gone(r) or _left(board, w, r)), None)
+        next(
+            (r for r in _others(board, board.rank, w) if board.is_gone(r) or _left(board, w, r)),
+            None,
+        )
         for w in waits
     ]
     board.region.release()
@@ -57,14 +60,25 @@ def lost_member(board: Board, waits: list[Wait]) -> Lost | None:
 def _stuck(board: Board, waits: dict[int, list[Wait]], gone: set[int]) -> set[int]:
     stuck = {r for r, calls in waits.items() if calls}
     while True:
-        freed = {r for r in stuck if any(_can_end(board, wait, stuck | gone) for wait in waits[r])}
+        freed = {
+            r for r in stuck if any(_can_end(board, r, wait, stuck | gone) for wait in waits[r])
+        }
         if not freed:
             return stuck
         stuck -= freed
 
 
-def _can_end(board: Board, wait: Wait, never: set[int]) -> bool:
-    return not any(r in never or _left(board, wait, r) for r in _missing(board, wait))
+def _can_end(board: Board, rank: int, wait: Wait, never: set[int]) -> bool:
+    return not any(r in never or _left(board, wait, r) for r in _others(board, rank, wait))
+
+
+def _others(board: Board, rank: int, wait: Wait) -> list[int]:
+    """Whom the call of `rank` lacks. A receive from anyone joins a lane only when it has found its
+    sender: that it has not made the call itself says nothing, but on a lane from itself to itself.
+    """
+    missing = _missing(board, wait)
+    is_to_itself = len(set(_array(board, wait.lane, b.RANK))) == 1
+    return missing if is_to_itself else [r for r in missing if r != rank]
 
 
 def _array(board: Board, lane: int, which: int) -> list[int]:
@@ -90,7 +104,7 @@ def _sentence(board: Board, waits: dict[int, list[Wait]], gone: set[int]) -> tup
     while rank not in chain:
         chain.append(rank)
         wait = waits[rank][0]
-        missing = _missing(board, wait)
+        missing = _others(board, rank, wait)
         never = [r for r in missing if r in gone or _left(board, wait, r)]
         blocked = [r for r in missing if r in waits]
         target = (never or blocked)[0]
@@ -101,7 +115,7 @@ def _sentence(board: Board, waits: dict[int, list[Wait]], gone: set[int]) -> tup
             break
         rank = target
     others = [r for r in waits if r not in chain]
-    lines += [_line(board, r, waits[r][0], _missing(board, waits[r][0])[0]) for r in others]
+    lines += [_line(board, r, waits[r][0], _others(board, r, waits[r][0])[0]) for r in others]
     head = "waits for a rank that will not come:" if ends else "ranks wait for each other for ever:"
     return [head, *lines], ends
 

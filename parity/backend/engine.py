@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from parity.backend import board as b
 from parity.backend.board import Board
-from parity.backend.call import AnyReceive, Call
+from parity.backend.call import AnyReceive, Call, unseen
 from parity.backend.deadlock import lost_member, passed_verdict, verdict_on
 from parity.backend.lane import Disagreement, Lane
 from parity.backend.moves import Move
@@ -27,7 +27,7 @@ class Engine:
 
     def __init__(self, board: Board) -> None:
         self.board = board
-        self.busy: dict[int, Lane] = {}  # lanes with calls under way, by their place
+        self.busy: dict[int, Lane] = {}  # lanes with calls under way, by identity
         self.changed = threading.Condition(threading.RLock())
         self._is_driven = False
         self._has_failed = False
@@ -35,6 +35,7 @@ class Engine:
         self._callers = {threading.main_thread().ident}
         self._open_choices: list[AnyReceive] = []
         self._promised: list[_Promise] = []
+        self._keepers: set[int] = set()  # threads that keep promises
         self.unwaited: dict[int, Callable[[], str]] = {}  # by the identity of the handle
         self.complaints: list[ParityError] = []
 
@@ -49,7 +50,7 @@ class Engine:
                 self._bind()
                 return
             call.issue(move(call))
-            self.busy[call.lane.at] = call.lane
+            self.busy[id(call.lane)] = call.lane
             if call.lane.queue[0] is call:
                 self._advance(call.lane)
 
@@ -57,6 +58,7 @@ class Engine:
         if self.complaints:
             raise self.complaints.pop(0)
 
+    @unseen
     def poll(self, call: Call) -> bool:
         """Whether the call is done by now."""
         with self.changed:
@@ -64,6 +66,7 @@ class Engine:
                 self._progress()
             return call.is_done
 
+    @unseen
     def wait(self, call: Call) -> None:
         if call.is_done:
             return
@@ -101,10 +104,14 @@ class Engine:
             self.changed.notify_all()
 
     def _bind(self) -> None:
+        passed: set[int] = set()  # lanes that an earlier choice waits for: it comes first
         for choice in list(self._open_choices):
-            if choice.bind():
+            lanes = {lane.at for lane in choice.lanes.values()}
+            if lanes & passed or not choice.bind():
+                passed |= lanes
+            else:
                 self._open_choices.remove(choice)
-                self.busy[choice.lane.at] = choice.lane
+                self.busy[id(choice.lane)] = choice.lane
 
     def _progress(self) -> None:
         self._bind()
@@ -121,7 +128,9 @@ class Engine:
             except Disagreement:
                 raise self._mismatch(call) from None
             queue.popleft()
-        self.busy.pop(lane.at, None)
+            if len(self._waiting) > 1:  # it may be another thread's
+                self.changed.notify_all()
+        self.busy.pop(id(lane), None)
 
     def _sleep(self) -> bool:
         """Until the bell rings; False if it did not for a while."""
@@ -176,14 +185,22 @@ class Engine:
         fail: Callable[[ParityError], None],
     ) -> None:
         """See to it that calls get done though nobody may come and wait for them; then `keep`."""
+        promise = calls, keep, fail
         with self.changed:
-            self._promised.append((calls, keep, fail))
-            if len(self._promised) == 1:
-                threading.Thread(target=self._keep_promises, daemon=True).start()
+            # One after the other, so that what hangs on futures runs in one order on all ranks. But
+            # what hangs on one may wait for another, which must then not stand behind it.
+            if threading.get_ident() in self._keepers:
+                queue = [promise]
+            else:
+                queue = self._promised
+                queue.append(promise)
+            if len(queue) == 1:
+                threading.Thread(target=self._keep_promises, args=(queue,), daemon=True).start()
 
-    def _keep_promises(self) -> None:
+    def _keep_promises(self, queue: list[_Promise]) -> None:
+        self._keepers.add(threading.get_ident())
         while True:
-            calls, keep, fail = self._promised[0]
+            calls, keep, fail = queue[0]
             try:
                 for call in calls:
                     self.wait(call)
@@ -191,8 +208,9 @@ class Engine:
             except ParityError as error:
                 fail(error)
             with self.changed:
-                self._promised.pop(0)
-                if not self._promised:
+                queue.pop(0)
+                if not queue:
+                    self._keepers.discard(threading.get_ident())
                     return
 
     # What nobody waited for

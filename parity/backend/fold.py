@@ -42,8 +42,8 @@ class Reduction(NamedTuple):
 
 
 def reduction(op: dist.ReduceOp, dtype: torch.dtype) -> Reduction:
-    kind = getattr(op, "op", op)
-    if kind is _KINDS.PREMUL_SUM:
+    kind: Any = getattr(op, "op", op)  # a new object each time: compared by ==, never by `is`
+    if kind == _KINDS.PREMUL_SUM:
         return _reduction(kind, dtype)._replace(
             name=f"PREMUL_SUM by {op.factor}", fold=partial(_fold, kind, op.factor)
         )
@@ -60,9 +60,9 @@ def _objection(kind: dist.ReduceOp.RedOpType, dtype: torch.dtype) -> str:
         return f"{kind.name} works on bits, {dtype} has none to speak of: use integers"
     if kind in _ORDERED and dtype.is_complex:
         return f"{kind.name} needs an order, {dtype} has none: reduce the real view"
-    if kind is _KINDS.AVG and dtype is torch.bool:
+    if kind == _KINDS.AVG and dtype is torch.bool:
         return "there is no average of booleans: reduce them as numbers"
-    if kind is _KINDS.PREMUL_SUM and not (dtype.is_floating_point or dtype.is_complex):
+    if kind == _KINDS.PREMUL_SUM and not (dtype.is_floating_point or dtype.is_complex):
         return f"PREMUL_SUM multiplies by a real number, which {dtype} cannot hold"
     return ""
 
@@ -84,13 +84,13 @@ def _fold(
     else:
         total, rest = terms[0].clone(), list(terms[1:])
     if factor is not None:
-        total, rest = total * factor, [t * factor for t in rest]
+        total, rest = total * factor, [t.to(total.dtype) * factor for t in rest]
     if dtype is torch.bool:
         kind = {_KINDS.SUM: _KINDS.BOR, _KINDS.PRODUCT: _KINDS.BAND}.get(kind, kind)
     step = _STEPS[kind]
     for term in rest:
         step(total, term)
-    if kind is _KINDS.AVG:
+    if kind == _KINDS.AVG:
         if total.is_floating_point() or total.is_complex():
             total /= len(terms)
         else:

@@ -25,7 +25,7 @@ from parity.backend.call import Call, What
 from parity.backend.lane import Lane
 from parity.backend.member import Member, Place, World, what_of
 from parity.backend.memory import Region
-from parity.backend.work import Handle
+from parity.backend.work import Finished, Handle
 
 
 def create(options: Any, _: object = None) -> CheckedGroup:
@@ -58,6 +58,8 @@ class CheckedGroup(Member):
 
     def allreduce(self, tensors: Any, opts: Any = dist.ReduceOp.SUM, *_: Any) -> Work:
         op = getattr(opts, "reduceOp", opts)
+        if any(x.is_sparse for x in _listed(tensors)):
+            return self._sum_sparse(_listed(tensors), op)
         calls = [self._reduction("all_reduce", x, op, opts) for x in _listed(tensors)]
         return self.finish(calls, opts, _listed(tensors))
 
@@ -221,6 +223,29 @@ class CheckedGroup(Member):
 
         return self.begin(what, [x], takes, move, opts)
 
+    def _sum_sparse(self, tensors: list[Tensor], op: Any) -> Work:
+        """Sparse tensors, each rank with elements of its own; waited for inside of the call."""
+        for x in tensors:
+            if getattr(op, "op", op) != dist.ReduceOp.SUM:
+                raise ValueError("of sparse tensors there is the sum only: make them dense first")
+            own = x.coalesce()
+            counts = [torch.zeros(1, dtype=torch.int64) for _ in self.members]
+            self.allgather([counts], [torch.tensor([own._nnz()])], _SYNC)
+            sizes = [int(count) for count in counts]
+            places = [own.indices().new_empty(own.indices().shape[0], n) for n in sizes]
+            values = [own.values().new_empty(n, *own.values().shape[1:]) for n in sizes]
+            self.allgather([places], [own.indices()], _SYNC)
+            self.allgather([values], [own.values()], _SYNC)
+            terms = [
+                torch.sparse_coo_tensor(i, v, x.shape, is_coalesced=True)
+                for i, v in zip(places, values, strict=True)
+            ]
+            total = terms[0]
+            for term in terms[1:]:
+                total = total + term
+            x.copy_(total)
+        return Finished(tensors)
+
     def _broadcast(self, x: Tensor, root: int, opts: Any) -> Call:
         what = what_of("broadcast", x, f"root {self.members[root]}")
         sides = ([x], []) if root == self.seat else ([], [x])
@@ -242,7 +267,7 @@ class CheckedGroup(Member):
             )  # fmt: skip
 
         def move(call: Call, g: list[Tensor], t: list[Tensor]) -> moves.Move:
-            into = t[0].view(n, -1) if isinstance(outs, Tensor) and x.numel() else t or None
+            into = t[0].view(n, x.numel()) if isinstance(outs, Tensor) else t or None
             return moves.all_gather(call, g[0], into)
 
         return self.begin(what, [x], takes, move, opts)
@@ -250,6 +275,15 @@ class CheckedGroup(Member):
     def _reduce_scatter(self, out: Tensor, parts: list[Tensor], opts: Any) -> Call:
         op = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
         (kind, what), n = self.kind_of("reduce_scatter", out, op), len(self.members)
+        if len({x.numel() for x in parts}) > 1:
+            what = What("reduce_scatter", out.dtype, detail=kind.name, verb="uneven reduce_scatter")
+
+            def uneven(call: Call, g: list[Tensor], t: list[Tensor]) -> moves.Move:
+                terms = [torch.empty_like(t[0]) for _ in range(n)]
+                yield from moves.all_to_all(call, g, terms, out.dtype)
+                kind.fold(terms, t[0])
+
+            return self.begin(what, parts, [out], uneven, opts, with_splits=True)
 
         def move(call: Call, g: list[Tensor], t: list[Tensor]) -> moves.Move:
             gives = torch.stack(g) if len(g) > 1 else g[0].view(n, t[0].numel())

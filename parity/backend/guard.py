@@ -28,7 +28,10 @@ class _Held(NamedTuple):
 
 
 def _bytes(x: Tensor) -> Tensor:
-    return x.detach().contiguous().view(-1).view(torch.uint8)
+    flat = x.detach().reshape(-1)
+    if flat.stride(0) != 1:  # of one element or none: contiguous by torch's word, all the same
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 @cache

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup, Work
 
 from parity.backend import moves
 from parity.backend.board import Board
-from parity.backend.call import AnyReceive, Call, Marks, Site, What, marks_of, site
+from parity.backend.call import AnyReceive, Call, Marks, Site, What, marks_of, site, unseen
 from parity.backend.engine import Engine
 from parity.backend.fold import Reduction, reduction
 from parity.backend.guard import Guard
@@ -117,6 +117,7 @@ class Member(ProcessGroup):
         calls, self._batch = self._batch or [], None
         return Handle(self.world.engine, calls, (), lambda: "a batch of calls")
 
+    @unseen
     def begin(
         self,
         what: What,

@@ -6,10 +6,7 @@ error where they happen.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,7 +18,6 @@ from parity.backend.call import site
 from parity.errors import Race
 
 _OURS = ("c10d", "_c10d_functional")  # what waits for a tensor may touch it
-_TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 _LOOKS_AT_NO_DATA = ("empty_like", "new_empty", "zeros_like", "ones_like", "full_like")
 
 
@@ -42,7 +38,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._flights and func.namespace not in _OURS and not _is_the_backend():
+        if self._flights and func.namespace not in _OURS:
             self._look(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -70,14 +66,6 @@ class Watch(TorchDispatchMode):
                         f"{'written to' if writes else 'read'} ({func}) at {site()}, before the "
                         "wait; until then it belongs to the call"
                     )
-
-
-def _is_the_backend() -> bool:
-    """Whether the operation at hand is one of our own: its tensors are ours until the wait."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
-        frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename.startswith(_HERE)
 
 
 def _overlap(x: Tensor, y: Tensor) -> bool:

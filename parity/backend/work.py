@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Work
 
-from parity.backend.call import Call
+from parity.backend.call import Call, is_called_by_the_user
 from parity.backend.engine import Engine
 from parity.errors import ParityError
 
@@ -58,7 +58,9 @@ class Handle(Finished):
         self._engine, self._calls = engine, list(calls)
         self._future: torch.futures.Future[list[Tensor]] | None = None
         self._is_over = False
-        engine.unwaited[id(self)] = phrase
+        # What torch does with its own handles is its affair: DDP's join drops one on purpose.
+        if is_called_by_the_user():
+            engine.unwaited[id(self)] = phrase
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         for call in self._calls:

@@ -18,7 +18,8 @@ def fingerprint(x: Tensor) -> bytes:
         x = torch.view_as_real(x)
     if x.dtype.is_floating_point:
         x = x.masked_fill(x.isnan(), float("nan"))
-    return x.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    flat = x.clone(memory_format=torch.contiguous_format).view(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def fingerprints(placed: Sequence[Placed]) -> Result:

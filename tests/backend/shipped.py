@@ -34,18 +34,19 @@ class Role(NamedTuple):
     has_gpus: bool
 
 
-ROLES = (Role("gloo", False), Role("mpi", False), Role("gloo", True), Role("nccl", True))
+ON_CPU = (Role("gloo", False), Role("mpi", False))
+ON_GPU = (Role("gloo", True), Role("nccl", True))
 
 
-def run(folder: str, left_out: frozenset[str]) -> dict[str, str]:
+def run(folder: str, roles: tuple[Role, ...], left_out: frozenset[str]) -> dict[str, str]:
     """Every test by name: `passed`, or why torch skips it. Raises as the first that fails."""
     outcomes: dict[str, str] = {}
-    for role in ROLES:
+    for role in roles:
         suite = _load(role, Path(folder) / "-".join(map(str, role)))
         case = _case(suite)
-        tests = [name for name in dir(case) if name.startswith("test_")]
-        for name in tests:
-            if name not in left_out and outcomes.get(name) != "passed":
+        tests = {name for name in dir(case) if name.startswith("test_")} - left_out
+        for name in sorted(tests):
+            if outcomes.get(name) != "passed":
                 outcomes[name] = _outcome(suite, case, name, role)
                 dist.barrier()
     return outcomes
@@ -65,8 +66,8 @@ def _load(role: Role, folder: Path) -> ModuleType:
         suite = importlib.import_module(SUITE)
     common = importlib.import_module("torch.testing._internal.common_distributed")
     common.TEST_CUDA = role.has_gpus
-    if world > 2:  # so small a world is left out for all but MPI; only its groups need 3 ranks
-        os.environ["BACKEND"] = "mpi"
+    # What skips small worlds does not for MPI, and three ranks are enough for its groups.
+    os.environ["BACKEND"] = "mpi" if world > 2 else "gloo"
     return suite
 
 
@@ -99,6 +100,8 @@ def _outcome(suite: ModuleType, case: type[Any], name: str, role: Role) -> str:
     if getattr(method, "__unittest_skip__", False):
         return str(method.__unittest_skip_why__)
     torch.manual_seed(0)
+    os.environ["TORCH_DISTRIBUTED_DEBUG"] = "OFF"  # some tests leave it on
+    dist.set_debug_level_from_env()
     try:
         with _on_cpu() if role.has_gpus else contextlib.nullcontext():
             method()
@@ -144,7 +147,7 @@ def _pretend() -> None:
     cuda.is_available = dist.is_nccl_available = lambda: True
     cuda.device_count = dist.get_world_size
     cuda.current_device = dist.get_rank
-    cuda.set_device = cuda.synchronize = lambda *_: None
+    cuda.set_device = cuda.synchronize = lambda *_, **__: None
     cuda.device = lambda *_: contextlib.nullcontext()
     cuda.nccl.version = lambda: (2, 27, 0)
     move, init = nn.Module.to, ddp.__init__
@@ -153,8 +156,9 @@ def _pretend() -> None:
         return move(self, *map(_here, args), **kwargs)
 
     def on_no_device(
-        self: nn.Module, module: nn.Module, _: Any = None, __: Any = None, **kwargs: Any
+        self: nn.Module, module: nn.Module, device_ids: Any = None, **kwargs: Any
     ) -> None:
-        init(self, module, **{k: v for k, v in kwargs.items() if not k.endswith("device_ids")})
+        kwargs.pop("output_device", None)
+        init(self, module, **kwargs)
 
     nn.Module.to, ddp.__init__ = to, on_no_device
