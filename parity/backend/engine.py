@@ -19,7 +19,9 @@ from parity.backend.moves import Move
 from parity.errors import Mismatch, ParityError, Race
 
 _Promise = tuple[Sequence[Call], Callable[[], None], Callable[[ParityError], None]]
-NAP = 0.05  # seconds asleep after which a rank looks whether it waits in vain
+# Seconds asleep after which a rank looks whether it waits in vain: soon, and then now and again.
+NAP, LONG_NAP = 0.05, 0.3
+LINGER = 2e-5  # seconds awake before the sleep
 
 
 class Engine:
@@ -95,7 +97,7 @@ class Engine:
                 self._progress()
                 if call.is_done:
                     return
-                naps = 0 if self._sleep() else naps + 1
+                naps = 0 if self._sleep(NAP if naps < 2 else LONG_NAP) else naps + 1
                 if naps >= 2:
                     self._look_around(call)
         finally:
@@ -132,9 +134,11 @@ class Engine:
                 self.changed.notify_all()
         self.busy.pop(id(lane), None)
 
-    def _sleep(self) -> bool:
+    def _sleep(self, seconds: float) -> bool:
         """Until the bell rings; False if it did not for a while."""
         board, region = self.board, self.board.region
+        if len(self.busy) == 1:
+            self._linger()
         region.acquire()
         heads = [lane.queue[0] for lane in self.busy.values()]
         if any(call.is_ready() for call in (*heads, *self._open_choices)):
@@ -146,9 +150,17 @@ class Engine:
             raise error
         self.changed.release()
         try:
-            return region.wait(board.rank, NAP)
+            return region.wait(board.rank, seconds)
         finally:
             self.changed.acquire()
+
+    def _linger(self) -> None:
+        """Of two ranks the other is often a moment behind: to sleep and be woken takes longer."""
+        (lane,) = self.busy.values()
+        if len(lane.members) == 2:
+            step, until = lane.queue[0].step, time.perf_counter() + LINGER
+            while not lane.is_complete(step) and time.perf_counter() < until:
+                pass
 
     def _blocked_in(self) -> list[b.Wait]:
         """What would set this process free; nothing if one of its threads is free already."""

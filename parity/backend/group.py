@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Work
+from torch.distributed import Work, c10d_logger, distributed_c10d
 
 from parity.backend import moves
 from parity.backend.call import Call, What
@@ -297,11 +297,17 @@ class _Sync:
 
 
 _SYNC = _Sync()
+_C10D = (distributed_c10d.__file__, c10d_logger.__file__)
 
 
 def _blocking(verb: str) -> object:
-    """c10d does not tell a group whether its caller waits: its own function's name does."""
-    return _SYNC if sys._getframe(2).f_code.co_name == verb else None
+    """c10d does not tell a group whether its caller waits: the name of its own function does."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename in _C10D:
+        if frame.f_code.co_name == verb:
+            return _SYNC
+        frame = frame.f_back
+    return None
 
 
 def _rank(rank: int | str) -> str:
