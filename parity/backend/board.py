@@ -15,14 +15,14 @@ from parity.backend.memory import HEADER, SIZE, Region
 ABSENT, RUNNING, ENDED = 0, 1, 2
 DEADLOCK, LOST = 1, 2  # kinds of verdict
 MAX_RANKS = 256
-MAX_WAITS = 16  # calls that one blocked rank may wait for: any of them would set it free
+MAX_WAITS = 300  # calls that one blocked rank may wait for: any of them would set it free
 _TABLE_SLOTS = 1 << 16
 _END, _FREE = 2, 64  # words of the header: where memory ends, where the free lists begin
 _TEXT_BYTES = 1 << 22  # per rank, for what it says about its calls
 
 # Byte offsets. A rank's own words: state, asleep, verdict, number of waits, then the waits.
 _STATE, _ASLEEP, _VERDICT, _WAITS = 0, 1, 2, 3
-_RANK_WORDS = 64
+_RANK_WORDS = 1024
 _RANKS = HEADER + 64 * MAX_RANKS
 _VERDICT_TEXT = _RANKS + 8 * _RANK_WORDS * MAX_RANKS
 _VERDICT_BYTES = 1 << 16
@@ -85,8 +85,10 @@ class Board:
     def fall_asleep(self, waits: list[Wait]) -> None:
         """Locked. An empty list: it sleeps, but others of its threads may still act."""
         w, at = self.words, self._own
-        w[at + _WAITS] = min(len(waits), MAX_WAITS)
-        for i, wait in enumerate(waits[:MAX_WAITS]):
+        if len(waits) > MAX_WAITS:
+            waits = []  # a part of them would make it look stuck when it is not
+        w[at + _WAITS] = len(waits)
+        for i, wait in enumerate(waits):
             w[at + 4 + 3 * i], w[at + 5 + 3 * i], w[at + 6 + 3 * i] = wait
         w[at + _ASLEEP] = 1
 

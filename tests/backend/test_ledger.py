@@ -1,7 +1,7 @@
 """The ledger equals what the algorithm says: Megatron's sums, the pipeline's sends, dp's buckets.
 
-The formulas are those of Megatron-LM (arXiv 1909.08053, section 3): two all-reduces per layer in the
-forward, two in the backward, of one microbatch of activations each; and per microbatch one
+The formulas are those of Megatron-LM (arXiv 1909.08053, section 3): two all-reduces per layer in
+the forward, two in the backward, of one microbatch of activations each; and per microbatch one
 activation to the next stage and one gradient back.
 """
 
