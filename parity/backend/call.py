@@ -29,7 +29,9 @@ _THE_CALL_ITSELF = (
     str(_HERE),
     str(_TORCH / "distributed" / "distributed_c10d.py"),
     str(_TORCH / "distributed" / "c10d_logger.py"),
+    str(_TORCH / "overrides.py"),
 )
+_MODES = ("__torch_function__", "__torch_dispatch__")
 
 
 def unseen(function: Callable[P, R]) -> Callable[P, R]:
@@ -80,7 +82,8 @@ class Site(NamedTuple):
 
 @lru_cache(None)
 def _is_the_users(code: CodeType) -> bool:
-    return not code.co_filename.startswith(_NOT_THE_USERS)
+    is_a_mode = code.co_name in _MODES  # which stands between a caller and whom it calls
+    return not is_a_mode and not code.co_filename.startswith(_NOT_THE_USERS)
 
 
 def site(depth: int = 1) -> Site:
@@ -98,7 +101,9 @@ def site(depth: int = 1) -> Site:
 def is_called_by_the_user() -> bool:
     """Whether the user's own line made the call at hand, and not some other part of torch."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_THE_CALL_ITSELF):
+    while frame is not None and (
+        frame.f_code.co_filename.startswith(_THE_CALL_ITSELF) or frame.f_code.co_name in _MODES
+    ):
         frame = frame.f_back
     return frame is None or _is_the_users(frame.f_code)
 

@@ -6,6 +6,7 @@ for where no Python runs. A rank sleeps on its bell until the last of those it w
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -160,7 +161,7 @@ class Engine:
         if len(lane.members) == 2:
             step, until = lane.queue[0].step, time.perf_counter() + LINGER
             while not lane.is_complete(step) and time.perf_counter() < until:
-                pass
+                os.sched_yield()
 
     def _blocked_in(self) -> list[b.Wait]:
         """What would set this process free; nothing if one of its threads is free already."""

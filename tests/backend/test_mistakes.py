@@ -1,4 +1,5 @@
-"""Every planted mistake is heard by the ranks it concerns, within a second, by its name."""
+"""Every planted mistake is heard by the ranks it concerns, in words that name it. How
+soon is said by benchmarks/mistakes.py."""
 
 import pytest
 
@@ -16,11 +17,10 @@ def test_is_heard(mistake: Mistake) -> None:
             launch(hear, mistake.world, mistake.name, backend=backend)
         return
     heard = launch(hear, mistake.world, mistake.name, backend=backend)
-    for rank, (error, text, seconds) in enumerate(heard):
+    for rank, (error, text, _) in enumerate(heard):
         if mistake.expected is None:
             assert not error, text
         elif rank in mistake.hears:
             assert error == mistake.expected.__name__, text
             assert mistake.text in text
             assert f"{mistake.name}" in text  # the function of the call site
-            assert seconds < 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import parity
 from parity.cli import main
 
+ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import os, sys
 import torch
@@ -42,7 +44,13 @@ def run(folder: Path, script: str, *words: str) -> subprocess.CompletedProcess[s
     (folder / "script.py").write_text(script)
     python = [sys.executable, "-m", "parity", "exec", "--ranks", "3"]
     return subprocess.run(
-        [*python, *words], cwd=folder, capture_output=True, text=True, check=False, timeout=120
+        [*python, *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
 
 
@@ -121,6 +129,6 @@ def test_a_world_has_a_rank() -> None:
 def test_a_backend_that_does_not_fit_is_refused(
     command: Callable[..., int], words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    matrix = str(Path(__file__).parents[3] / "matrix.yaml")
+    matrix = str(ROOT / "matrix.yaml")
     assert command("run", matrix, "--device", "cpu", *words) == 2
     assert capsys.readouterr().err == f"parity: {said}\n"
