@@ -1,5 +1,7 @@
-"""Every planted mistake is heard by the ranks it concerns, in words that name it. How
-soon is said by benchmarks/mistakes.py."""
+"""Every planted mistake is heard by the ranks it concerns, in words that name it.
+
+How soon is what benchmarks/mistakes.py says.
+"""
 
 import pytest
 
