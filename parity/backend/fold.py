@@ -55,6 +55,20 @@ def _reduction(kind: dist.ReduceOp.RedOpType, dtype: torch.dtype) -> Reduction:
     return Reduction(kind.name, partial(_fold, kind, None), _objection(kind, dtype))
 
 
+def by_place(fold: Fold) -> Fold:
+    """The same reduction in an order that depends on where an element lies in the buffer, as in the
+    rings of gloo and NCCL: copies that are reduced in unequal buffers then differ in their bits.
+    """
+
+    def folded(terms: Sequence[Tensor], out: Tensor) -> None:
+        n = len(terms)
+        parts = [term.tensor_split(n) for term in terms]
+        for i, place in enumerate(out.tensor_split(n)):
+            fold([parts[(i + k) % n][i] for k in range(n)], place)
+
+    return folded
+
+
 def _objection(kind: dist.ReduceOp.RedOpType, dtype: torch.dtype) -> str:
     if kind in _BITWISE and (dtype.is_floating_point or dtype.is_complex):
         return f"{kind.name} works on bits, {dtype} has none to speak of: use integers"

@@ -19,7 +19,7 @@ from parity.backend import moves
 from parity.backend.board import Board
 from parity.backend.call import AnyReceive, Call, Marks, Site, What, marks_of, site, unseen
 from parity.backend.engine import Engine
-from parity.backend.fold import Reduction, reduction
+from parity.backend.fold import Reduction, by_place, reduction
 from parity.backend.guard import Guard
 from parity.backend.lane import Lane
 from parity.backend.ledger import Entry, Ledger
@@ -46,6 +46,7 @@ class World:
         self.ledger = Place.ledger = Ledger(settings.ledger) if settings.ledger else None
         self.mutation = Mutation(settings.rules, rank) if settings.rules else None
         self.watch = Place.watch
+        self.by_place = settings.order == "place"
 
 
 class Place:
@@ -105,6 +106,7 @@ class Member(ProcessGroup):
             world.board.leave(self.lane.at, self.seat)
             if world.home is self:
                 world.board.end()
+                world.region.close()
                 Place.world = None
 
     def abort(self) -> None:
@@ -165,6 +167,8 @@ class Member(ProcessGroup):
         if kind.objection:
             raise ValueError(f"{name} of {x.dtype}: {kind.objection}")
         what = what_of(name, x, kind.name + to)
+        if self.world.by_place:
+            kind = kind._replace(fold=by_place(kind.fold))
         rule = self._rule(self._marks(what, site(2))[1]) if self.world.mutation else None
         if rule is not None and rule.change == "op" and rule.value != kind.name:
             return self.kind_of(name, x, getattr(dist.ReduceOp, str(rule.value)), to)

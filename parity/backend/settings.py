@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 CHANGES = ("drop", "scale", "stale", "op", "skip")
 
@@ -42,8 +43,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Settings:
-    """`ledger`: how many calls each rank remembers, the latest ones; 0 keeps no ledger."""
+    """`ledger`: how many calls each rank remembers, the latest ones; 0 keeps no ledger. `order` of
+    reductions: by `rank`, or by `place`, where the i-th part of a buffer starts at rank i.
+    """
 
     ledger: int = 0
     rules: tuple[Rule, ...] = field(default=())
     watch: bool = False
+    order: Literal["rank", "place"] = "rank"

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 import parity
-from parity.backend import Rule
+from parity import Backend, launch
+from parity.backend import Rule, Settings
 from parity.errors import RanksFailed
 
 
@@ -64,3 +65,20 @@ def test_a_call_that_is_skipped_on_one_rank_is_missed_by_the_other() -> None:
 def test_a_change_that_is_unknown_is_refused() -> None:
     with pytest.raises(ValueError, match=r"change 'lose' is unknown \(known: drop, scale"):
         Rule("lose")
+
+
+def halves() -> list[bool]:
+    """Which elements of a sum over three ranks have the bits of the sum in rank order."""
+    terms = [torch.full((3,), value) for value in (1.0, 1e8, -1e8)]
+    x = terms[dist.get_rank()].clone()
+    dist.all_reduce(x)
+    return (x == (terms[0] + terms[1]) + terms[2]).tolist()
+
+
+def test_the_order_of_a_sum_may_depend_on_the_place() -> None:
+    by_rank, by_place = (
+        launch(halves, 3, backend=Backend(settings=Settings(order=order)))
+        for order in ("rank", "place")
+    )
+    assert by_rank == [[True] * 3] * 3
+    assert by_place == [[True, False, True]] * 3

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from parity import Backend
+from parity.backend import Settings
 from parity.baseline import Baselines
 from parity.case import Case, parse_axes
 from parity.plan import Baseline, Plan
@@ -22,6 +24,7 @@ def plan(target: str, dtype: str) -> Plan:
         variants={"schedule": ["gpipe", "1f1b"]},
         options={},
         steps=3,
+        backend=Backend(settings=Settings(order="place")),  # as `parity run` has it
     )
 
 
