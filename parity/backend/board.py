@@ -15,7 +15,7 @@ from parity.backend.memory import HEADER, SIZE, Region
 ABSENT, RUNNING, ENDED = 0, 1, 2
 DEADLOCK, LOST = 1, 2  # kinds of verdict
 MAX_RANKS = 256
-MAX_WAITS = 300  # calls that one blocked rank may wait for: any of them would set it free
+MAX_WAITS = 250  # calls that one blocked rank may wait for: any of them would set it free
 _TABLE_SLOTS = 1 << 16
 _END, _FREE = 2, 64  # words of the header: where memory ends, where the free lists begin
 _TEXT_BYTES = 1 << 22  # per rank, for what it says about its calls
@@ -43,6 +43,7 @@ class Wait(NamedTuple):
     lane: int
     ordinal: int
     phrase: int
+    step: int = 0  # of the lane, for which the first call of the queue waits
 
 
 class Board:
@@ -51,7 +52,7 @@ class Board:
     def __init__(self, region: Region, rank: int) -> None:
         self.region, self.rank, self.words = region, rank, region.words
         self.world = int(region.words[1])
-        self._text_at = 0
+        self._text_at = self.epoch = 0
         region.acquire()
         region.words[_END] = region.words[_END] or _LANES
         region.release()
@@ -89,7 +90,7 @@ class Board:
             waits = []  # a part of them would make it look stuck when it is not
         w[at + _WAITS] = len(waits)
         for i, wait in enumerate(waits):
-            w[at + 4 + 3 * i], w[at + 5 + 3 * i], w[at + 6 + 3 * i] = wait
+            w[at + 4 + 4 * i], w[at + 5 + 4 * i], w[at + 6 + 4 * i], w[at + 7 + 4 * i] = wait
         w[at + _ASLEEP] = 1
 
     def wake_up(self) -> None:
@@ -111,7 +112,7 @@ class Board:
         at = self._at(rank)
         count = self.words[at + _WAITS]
         return [
-            Wait(*self.words[at + 4 + 3 * i : at + 7 + 3 * i].tolist()) for i in range(int(count))
+            Wait(*self.words[at + 4 + 4 * i : at + 8 + 4 * i].tolist()) for i in range(int(count))
         ]
 
     # What is said in words
@@ -120,14 +121,15 @@ class Board:
         """Store a text of this rank; the answer is where any rank can read it."""
         data = text.encode(errors="replace")[:1000]
         if self._text_at + len(data) + 8 > _TEXT_BYTES:
-            self._text_at = 0  # the oldest are written over: they are of calls long done
+            self._text_at = 0  # the oldest are written over: whoever kept a place must ask again
+            self.epoch += 1
         at = _TEXTS + _TEXT_BYTES * self.rank + self._text_at
         self._write(at, data)
         self._text_at += (len(data) + 15) // 8 * 8
         return at
 
     def read(self, at: int) -> str:
-        size = self.words[at // 8]
+        size = min(self.words[at // 8], _VERDICT_BYTES)
         raw = bytes(self.words[at // 8 + 1 : at // 8 + 1 + (size + 7) // 8])
         return raw[:size].decode(errors="replace")
 

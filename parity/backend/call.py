@@ -213,7 +213,8 @@ class Call:
         return self.lane.queue[0] is self and self.lane.is_complete(self.step)
 
     def wait_entries(self) -> list[b.Wait]:
-        return [b.Wait(self.lane.at, self.ordinal, self.marks.phrase)]
+        step = self.lane.queue[0].step if self.lane.queue else 0
+        return [b.Wait(self.lane.at, self.ordinal, self.marks.phrase, step)]
 
 
 class AnyReceive(Call):

@@ -17,6 +17,8 @@ def verdict_on(board: Board) -> ProtocolError | None:
     """The sentence over this rank, if it waits for ever; all who do are told the same."""
     board.region.acquire()
     try:
+        if board.verdict()[0]:  # by another rank, which may have left since
+            return passed_verdict(board)
         gone = {r for r in range(board.world) if board.is_gone(r)}
         waits = {r: board.waits(r) for r in range(board.world) if r not in gone}
         stuck = _stuck(board, waits, gone)
@@ -88,9 +90,16 @@ def _array(board: Board, lane: int, which: int) -> list[int]:
 
 
 def _missing(board: Board, wait: Wait) -> list[int]:
-    """The ranks that have not made the call, by their seat."""
-    ranks, issued = (_array(board, wait.lane, which) for which in (b.RANK, b.ISSUED))
-    return [rank for rank, count in zip(ranks, issued, strict=True) if count < wait.ordinal]
+    """The ranks that have not made the call, by their seat, or have gone in its midst."""
+    ranks, issued, posted = (_array(board, wait.lane, k) for k in (b.RANK, b.ISSUED, b.POSTED))
+    is_open = board.words[wait.lane + b.COMPLETE] < wait.step
+    # The last to post completes a step: where all have posted, it is whoever has gone.
+    needed = wait.step + 1 if min(posted) >= wait.step else wait.step
+    return [
+        rank
+        for rank, made, at in zip(ranks, issued, posted, strict=True)
+        if made < wait.ordinal or (is_open and at < needed and board.is_gone(rank))
+    ]
 
 
 def _left(board: Board, wait: Wait, rank: int) -> bool:

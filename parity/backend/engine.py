@@ -19,7 +19,7 @@ from parity.backend.lane import Disagreement, Lane
 from parity.backend.moves import Move
 from parity.errors import Mismatch, ParityError, Race
 
-_Promise = tuple[Sequence[Call], Callable[[], None], Callable[[ParityError], None]]
+_Promise = tuple[Sequence[Call], Callable[[], None], Callable[[Exception], None]]
 # Seconds asleep after which a rank looks whether it waits in vain: soon, and then now and again.
 NAP, LONG_NAP = 0.05, 0.3
 LINGER = 2e-5  # seconds awake before the sleep
@@ -33,13 +33,14 @@ class Engine:
         self.busy: dict[int, Lane] = {}  # lanes with calls under way, by identity
         self.changed = threading.Condition(threading.RLock())
         self._is_driven = False
-        self._has_failed = False
+        self._failure: ParityError | None = None
         self._waiting: dict[int, Call] = {}  # what each thread of this process is blocked in
         self._callers = {threading.main_thread().ident}
         self._open_choices: list[AnyReceive] = []
         self._promised: list[_Promise] = []
         self._keepers: set[int] = set()  # threads that keep promises
-        self.unwaited: dict[int, Callable[[], str]] = {}  # by the identity of the handle
+        # By the identity of the handle: the group, and what is to be said.
+        self.unwaited: dict[int, tuple[object, Callable[[], str]]] = {}
         self.complaints: list[ParityError] = []
 
     def start(self, call: Call, move: Callable[[Call], Move]) -> None:
@@ -58,6 +59,9 @@ class Engine:
                 self._advance(call.lane)
 
     def complain(self) -> None:
+        if self._failure is not None:
+            first = str(self._failure).splitlines()[0]
+            raise type(self._failure)(f"an earlier call of this rank has failed: {first}")
         if self.complaints:
             raise self.complaints.pop(0)
 
@@ -83,8 +87,8 @@ class Engine:
                         self.changed.wait(NAP)
                     else:
                         self._drive(call)
-            except ParityError:
-                self._has_failed = True
+            except ParityError as error:
+                self._failure = self._failure or error
                 raise
             finally:
                 del self._waiting[thread]
@@ -165,10 +169,12 @@ class Engine:
 
     def _blocked_in(self) -> list[b.Wait]:
         """What would set this process free; nothing if one of its threads is free already."""
-        if len(self._callers) > 1:
-            alive = {thread.ident for thread in threading.enumerate()}
-            self._callers &= alive
-        if not self._callers <= self._waiting.keys():
+        if threading.active_count() > 1:
+            alive = threading.enumerate()
+            # Whoever has not called yet may do so; what runs in the background seldom does.
+            self._callers &= {thread.ident for thread in alive}
+            self._callers |= {thread.ident for thread in alive if not thread.daemon}
+        if not self._callers | self._keepers <= self._waiting.keys():
             return []
         return [entry for call in self._waiting.values() for entry in call.wait_entries()]
 
@@ -195,7 +201,7 @@ class Engine:
         self,
         calls: Sequence[Call],
         keep: Callable[[], None],
-        fail: Callable[[ParityError], None],
+        fail: Callable[[Exception], None],
     ) -> None:
         """See to it that calls get done though nobody may come and wait for them; then `keep`."""
         promise = calls, keep, fail
@@ -211,14 +217,15 @@ class Engine:
                 threading.Thread(target=self._keep_promises, args=(queue,), daemon=True).start()
 
     def _keep_promises(self, queue: list[_Promise]) -> None:
-        self._keepers.add(threading.get_ident())
+        with self.changed:
+            self._keepers.add(threading.get_ident())
         while True:
             calls, keep, fail = queue[0]
             try:
                 for call in calls:
                     self.wait(call)
                 keep()
-            except ParityError as error:
+            except Exception as error:  # whatever it is, the future's holder is told
                 fail(error)
             with self.changed:
                 queue.pop(0)
@@ -230,16 +237,17 @@ class Engine:
 
     def forget(self, handle: int) -> None:
         """A handle has gone, and nobody had waited: said at the next call, or at the end."""
-        phrase = self.unwaited.pop(handle, None)
+        _, phrase = self.unwaited.pop(handle, (None, None))
         if phrase is not None:
             self.complaints.append(_forgotten(phrase()))
 
-    def settle(self) -> None:
-        """At the end: everything must have been waited for, unless something else went wrong."""
-        if self._has_failed:
+    def settle(self, group: object = None) -> None:
+        """At the end (of one group): all must have been waited for, unless something went wrong."""
+        if self._failure is not None:
             return
-        for handle in list(self.unwaited):
-            self.forget(handle)
+        for handle, (owner, _) in list(self.unwaited.items()):
+            if group is None or owner is group:
+                self.forget(handle)
         self.complain()
 
 

@@ -25,7 +25,8 @@ from parity.backend.call import Call, What
 from parity.backend.lane import Lane
 from parity.backend.member import Member, Place, World, what_of
 from parity.backend.memory import Region
-from parity.backend.work import Finished, Handle
+from parity.backend.work import Finished
+from parity.errors import ProtocolError
 
 
 def create(options: Any, _: object = None) -> CheckedGroup:
@@ -34,22 +35,25 @@ def create(options: Any, _: object = None) -> CheckedGroup:
     rank, size = int(options.group_rank), int(options.group_size)
     world = Place.world
     if world is None:
+        if ranks and dist.is_initialized():
+            raise ProtocolError("init_process_group('parity') must come before groups of it")
         world = Place.world = World(_region(options.store, rank, size), rank)
     members = ranks or list(range(size))
     return CheckedGroup(world, str(options.group_id), members, rank)
 
 
 def _region(store: Any, rank: int, size: int) -> Region:
+    """The memory of a new world. All ranks leave together: a store may see several worlds."""
+    number = (store.add("parity/arrivals", 1) - 1) // size
+    key = f"parity/{number}/"
     if rank == 0:
         region = Region.create(size)
-        store.set("parity/region", region.path)
+        store.set(key + "region", region.path)
     else:
-        region = Region.attach(store.get("parity/region").decode())
-    # Rank 0 must not go away before all others have opened the memory.
-    if store.add("parity/attached", 1) == size:
-        store.set("parity/all attached", "yes")
-    if rank == 0:
-        store.get("parity/all attached")
+        region = Region.attach(store.get(key + "region").decode())
+    if store.add(key + "attached", 1) == size:
+        store.set(key + "all attached", "yes")
+    store.get(key + "all attached")
     return region
 
 
@@ -194,7 +198,7 @@ class CheckedGroup(Member):
             if seat != self.seat
         }
         call = self.begin(what, [], [x], lambda c, g, t: moves.broadcast(c, t[0], 0), None, lanes)
-        return Handle(self.world.engine, [call], [x], lambda: self.text_of(call))
+        return self.finish([call], None, [x])
 
     def _message(self, x: Tensor, source: int | None, to: int, tag: int, verb: str) -> What:
         # Both ends agree on elements and type; one may see them in another shape than the other.

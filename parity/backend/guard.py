@@ -51,7 +51,7 @@ def _mark(x: Tensor) -> int:
     cut = raw.numel() // 8 * 8
     words, rest = raw[:cut].view(torch.int64), raw[cut:].long()
     whole = words.numel() // _BLOCK * _BLOCK
-    blocks, tail = words[:whole].view(-1, _BLOCK).sum(0), words[whole:]
+    blocks, tail = (words[:whole].view(-1, _BLOCK) * _weights()).sum(1), words[whole:]
     parts = [(part * _weights()[: part.numel()]).sum() for part in (blocks, tail, rest)]
     return hash(tuple(int(part) for part in parts))
 

@@ -27,7 +27,8 @@ from parity.backend.memory import Region
 from parity.backend.mutation import Mutation
 from parity.backend.settings import Rule, Settings
 from parity.backend.watch import Watch
-from parity.backend.work import Finished, Handle
+from parity.backend.work import Finished, Handle, Together
+from parity.errors import ProtocolError
 
 NAME = "parity"
 _DONE = Finished()
@@ -70,7 +71,9 @@ class Member(ProcessGroup):
         self.lane = Lane(world.board, self.key, members, seat)
         self.channels: dict[tuple[int, int, int], Lane] = {}
         self._known: dict[tuple[What, Site], tuple[Marks, str]] = {}
-        self._batch: list[Call] | None = None
+        self._batch: list[Handle] | None = None
+        self._calls = 0
+        self._epoch = 0
         self._description = ""
         self._is_open = True
         world.home = world.home or self
@@ -101,7 +104,7 @@ class Member(ProcessGroup):
         world = self.world
         world.visits[self._id] += 1
         try:
-            world.engine.settle()
+            world.engine.settle(None if world.home is self else self)
         finally:
             world.board.leave(self.lane.at, self.seat)
             if world.home is self:
@@ -116,8 +119,8 @@ class Member(ProcessGroup):
         self._batch = []
 
     def _end_coalescing(self, device: torch.device) -> Work:
-        calls, self._batch = self._batch or [], None
-        return Handle(self.world.engine, calls, (), lambda: "a batch of calls")
+        handles, self._batch = self._batch or [], None
+        return Together(handles)
 
     @unseen
     def begin(
@@ -132,9 +135,13 @@ class Member(ProcessGroup):
         with_splits: bool = False,
     ) -> Call:
         """Begin a call. What the move sees are flat tensors: copies, unless the caller waits."""
+        if not self._is_open:
+            raise ProtocolError(f"{what} on group {self._label()}: the group was destroyed")
+        self._calls += 1
         place = site(2)
         marks, text = self._marks(what, place)
-        rule = self._rule(text)
+        rule = self._rule(text, self._calls)
+        before = [x.detach().clone() for x in writes] if rule is not None else []
         call: Call
         if isinstance(lane, dict):
             call = AnyReceive(lane, what, marks, place)
@@ -156,9 +163,7 @@ class Member(ProcessGroup):
                 call.landed = partial(self.world.watch.end, id(call))
         late = [(x, t) for x, t in zip(writes, takes, strict=True) if apart or not _is_flat(x)]
         if late:
-            call.deliver = lambda: self._fill(late, rule, text, gives)
-        if self._batch is not None:
-            self._batch.append(call)
+            call.deliver = lambda: self._fill(late, rule, text, before)
         self.world.engine.start(call, lambda c: move(c, gives, takes))
         return call
 
@@ -169,21 +174,24 @@ class Member(ProcessGroup):
         what = what_of(name, x, kind.name + to)
         if self.world.by_place:
             kind = kind._replace(fold=by_place(kind.fold))
-        rule = self._rule(self._marks(what, site(2))[1]) if self.world.mutation else None
+        rule = self._rule(self._marks(what, site(2))[1], self._calls + 1)
         if rule is not None and rule.change == "op" and rule.value != kind.name:
             return self.kind_of(name, x, getattr(dist.ReduceOp, str(rule.value)), to)
         return kind, what
 
     def _marks(self, what: What, place: Site) -> tuple[Marks, str]:
+        if self._epoch != self.world.board.epoch:
+            self._epoch = self.world.board.epoch
+            self._known.clear()
         found = self._known.get((what, place))
         if found is None:
             text = f"{what} on group {self._label()}, at {place}"
             found = self._known[what, place] = marks_of(what, text, self.world.board.say), text
         return found
 
-    def _rule(self, text: str) -> Rule | None:
+    def _rule(self, text: str, number: int) -> Rule | None:
         mutation = self.world.mutation
-        return None if mutation is None else mutation.rule_for(text, self.lane.issued + 1)
+        return None if mutation is None else mutation.rule_for(text, number)
 
     def _enter(self, call: Call, tensors: list[Tensor]) -> None:
         """Into the ledger, if there is one."""
@@ -196,24 +204,24 @@ class Member(ProcessGroup):
             ledger.add(call.entry)
 
     def _fill(
-        self, pairs: list[tuple[Tensor, Tensor]], rule: Rule | None, text: str, gives: list[Tensor]
+        self, pairs: list[tuple[Tensor, Tensor]], rule: Rule | None, text: str, old: list[Tensor]
     ) -> None:
         """Put results where the caller looks for them."""
         if rule is not None and self.world.mutation is not None:
             if rule.change in ("drop", "stale"):  # what was there, before any poison
-                for (x, _), before in zip(pairs, gives, strict=False):
-                    if x.numel() == before.numel():
-                        x.detach().copy_(before.view(x.shape))
+                for (x, _), before in zip(pairs, old, strict=True):
+                    x.detach().copy_(before)
             pairs = self.world.mutation.change(rule, text, pairs)
         for x, result in pairs:
             x.detach().copy_(result.view(x.shape))
 
     def finish(self, calls: list[Call], opts: Any, outputs: Iterable[Tensor]) -> Work:
         engine = self.world.engine
-        if self._batch is not None:
-            return _DONE  # the batch has the handle
         if getattr(opts, "asyncOp", True):
-            return Handle(engine, calls, list(outputs), lambda: self.text_of(calls[0]))
+            handle = Handle(engine, calls, list(outputs), lambda: self.text_of(calls[0]), self)
+            if self._batch is not None:
+                self._batch.append(handle)
+            return handle
         for call in calls:
             engine.wait(call)
             call.hand_over()
@@ -247,5 +255,6 @@ def _flat(x: Tensor, copy: bool) -> Tensor:
 def _room(x: Tensor, apart: bool) -> Tensor:
     """Where the result may go, flat: the tensor itself, or a place that nobody sees yet."""
     if apart or not _is_flat(x):
-        return torch.empty(x.numel(), dtype=x.dtype, device=x.device)
+        with torch.inference_mode(False):  # whoever fills it may be in another mode
+            return torch.empty(x.numel(), dtype=x.dtype, device=x.device)
     return x.detach().view(-1)

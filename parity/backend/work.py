@@ -11,7 +11,6 @@ from torch.distributed import Work
 
 from parity.backend.call import Call, is_called_by_the_user
 from parity.backend.engine import Engine
-from parity.errors import ParityError
 
 
 class Finished(Work):
@@ -53,6 +52,7 @@ class Handle(Finished):
         calls: Sequence[Call],
         outputs: Sequence[Tensor],
         phrase: Callable[[], str],
+        group: object,
     ) -> None:
         super().__init__(outputs)
         self._engine, self._calls = engine, list(calls)
@@ -60,7 +60,7 @@ class Handle(Finished):
         self._is_over = False
         # What torch does with its own handles is its affair: DDP's join drops one on purpose.
         if is_called_by_the_user():
-            engine.unwaited[id(self)] = phrase
+            engine.unwaited[id(self)] = group, phrase
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         for call in self._calls:
@@ -101,7 +101,7 @@ class Handle(Finished):
         assert self._future is not None
         self._future.set_result(self._outputs)
 
-    def _fail(self, error: ParityError) -> None:
+    def _fail(self, error: Exception) -> None:
         self._is_over = True
         assert self._future is not None
         # Kept for whoever asks the future; typed for what a future brings, not for its failure.
@@ -115,3 +115,17 @@ class Handle(Finished):
     def __del__(self) -> None:
         if not self._is_over and self._future is None:
             self._engine.forget(id(self))
+
+
+class Together(Finished):
+    """Several calls as one."""
+
+    def __init__(self, handles: Sequence[Handle]) -> None:
+        super().__init__()
+        self._handles = handles
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        return all([handle.wait(timeout) for handle in self._handles])
+
+    def is_completed(self) -> bool:
+        return all([handle.is_completed() for handle in self._handles])
