@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from parity.backend.memory import HEADER, SIZE, Region
 
-ABSENT, RUNNING, ENDED = 0, 1, 2
+RUNNING, ENDED = 1, 2  # 0: not here yet
 DEADLOCK, LOST = 1, 2  # kinds of verdict
 MAX_RANKS = 256
 MAX_WAITS = 250  # calls that one blocked rank may wait for: any of them would set it free

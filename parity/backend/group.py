@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import Work, c10d_logger, distributed_c10d
 
 from parity.backend import moves
+from parity.backend.board import MAX_RANKS
 from parity.backend.call import Call, What
 from parity.backend.lane import Lane
 from parity.backend.member import Member, Place, World, what_of
@@ -44,6 +45,8 @@ def create(options: Any, _: object = None) -> CheckedGroup:
 
 def _region(store: Any, rank: int, size: int) -> Region:
     """The memory of a new world. All ranks leave together: a store may see several worlds."""
+    if size > MAX_RANKS:
+        raise ProtocolError(f"{size} ranks: the backend has room for {MAX_RANKS} on one host")
     number = (store.add("parity/arrivals", 1) - 1) // size
     key = f"parity/{number}/"
     if rank == 0:

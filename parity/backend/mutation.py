@@ -5,7 +5,6 @@ Nothing is patched. A changed call is an ordinary one, whose result takes anothe
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -20,15 +19,10 @@ class Mutation:
 
     def __init__(self, rules: Sequence[Rule], rank: int) -> None:
         self._rules, self._rank = rules, rank
-        self._count: Counter[str] = Counter()
         self._stale: dict[str, list[Tensor]] = {}
-        self.applied: Counter[Rule] = Counter()
 
     def rule_for(self, text: str, number: int) -> Rule | None:
-        found = next((r for r in self._rules if r.covers(text, number, self._rank)), None)
-        if found is not None:
-            self.applied[found] += 1
-        return found
+        return next((r for r in self._rules if r.covers(text, number, self._rank)), None)
 
     def change(self, rule: Rule, text: str, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
         """What is to be handed over instead of `pairs`."""
