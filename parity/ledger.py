@@ -29,6 +29,14 @@ def total(ranks: Iterable[Sequence[Entry]]) -> Sums:
     return by_axis([entry for entries in ranks for entry in entries])
 
 
+def short(site: str) -> str:
+    """A place in the code, as seen from here: `model.py:12 in forward`."""
+    file, _, rest = site.rpartition(":")
+    path = Path(file)
+    here = path.is_relative_to(Path.cwd())
+    return f"{path.relative_to(Path.cwd()) if here else path.name}:{rest}"
+
+
 def table(sums: Sums) -> str:
     order = sorted(sums, key=lambda key: (key[0], PHASES.index(key[2]), key[1]))
     rows = [

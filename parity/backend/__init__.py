@@ -8,10 +8,20 @@ import torch.distributed as dist
 from parity.backend.group import create
 from parity.backend.ledger import Entry
 from parity.backend.member import NAME, Place
+from parity.backend.mutation import Tally
 from parity.backend.settings import Rule, Settings
 from parity.backend.watch import Watch
 
-__all__ = ["NAME", "Entry", "Rule", "Settings", "configure", "take_ledger"]
+__all__ = [
+    "NAME",
+    "Entry",
+    "Rule",
+    "Settings",
+    "Tally",
+    "configure",
+    "take_ledger",
+    "tally",
+]
 
 
 def configure(settings: Settings) -> Watch | None:
@@ -31,6 +41,11 @@ def take_ledger() -> list[Entry]:
     entries = list(ledger.entries)
     ledger.entries.clear()
     return entries
+
+
+def tally() -> Tally:
+    """What the rules have done on this rank, in its last world."""
+    return Place.mutation.tally if Place.mutation is not None else Tally()
 
 
 if NAME.upper() not in dist.Backend._plugins:

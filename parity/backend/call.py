@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache, wraps
@@ -11,6 +12,7 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
 import torch
+from torch.distributed import c10d_logger
 from torch.utils._python_dispatch import _disable_current_modes
 
 from parity.backend import board as b
@@ -25,6 +27,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _TORCH, _HERE = Path(torch.__file__).parent, Path(__file__).parent
 _NOT_THE_USERS = (str(_TORCH), str(_HERE), "<")
+_PARITY = f"{_HERE.parent}{os.sep}"
+_DISTRIBUTED = f"{_TORCH / 'distributed'}{os.sep}"
 _THE_CALL_ITSELF = (
     str(_HERE),
     str(_TORCH / "distributed" / "distributed_c10d.py"),
@@ -58,6 +62,10 @@ class What(NamedTuple):
     elements: int = 0  # how many; all members must agree
     detail: str = ""
     verb: str = ""  # what the user called, if members call it by different names (send, recv)
+
+    @property
+    def called(self) -> str:
+        return (self.verb or self.name).split()[0]
 
     def __str__(self) -> str:
         sort = str(self.dtype).removeprefix("torch.")
@@ -96,6 +104,39 @@ def site(depth: int = 1) -> Site:
         last, frame = frame, frame.f_back
     assert last is not None
     return Site(last.f_code, last.f_lasti)
+
+
+def trail() -> str:
+    """All places of the user's code that led here, the innermost first, up to parity's own."""
+    places = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_PARITY) and not file.startswith(str(_HERE)):
+            break
+        if _is_the_users(frame.f_code):
+            places.append(Site(frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return _joined(tuple(places))
+
+
+@lru_cache(None)
+def _joined(places: tuple[Site, ...]) -> str:
+    return " < ".join(map(str, places))
+
+
+def through() -> str:
+    """The function of torch.distributed that the user called, or that called in the user's stead:
+    `all_reduce` for most, `all_gather_object`, `init_device_mesh` for what they call in turn.
+    """
+    name = ""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _is_the_users(frame.f_code):
+        code = frame.f_code
+        if code.co_filename.startswith(_DISTRIBUTED) and code.co_filename != c10d_logger.__file__:
+            name = code.co_name
+        frame = frame.f_back
+    return name
 
 
 def is_called_by_the_user() -> bool:

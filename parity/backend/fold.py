@@ -69,6 +69,17 @@ def by_place(fold: Fold) -> Fold:
     return folded
 
 
+def twice(kind: Reduction) -> Reduction:
+    """The reduction of the results of a reduction, one from each member."""
+
+    def folded(terms: Sequence[Tensor], out: Tensor) -> None:
+        n = len(terms)
+        kind.fold(terms, out)
+        kind.fold([out] * n, out)
+
+    return kind._replace(name=f"{kind.name} twice", fold=folded)
+
+
 def _objection(kind: dist.ReduceOp.RedOpType, dtype: torch.dtype) -> str:
     if kind in _BITWISE and (dtype.is_floating_point or dtype.is_complex):
         return f"{kind.name} works on bits, {dtype} has none to speak of: use integers"

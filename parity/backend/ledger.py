@@ -24,7 +24,11 @@ _MODULE_CALL = nn.Module._call_impl.__code__
 
 @dataclass
 class Entry:
-    """One call: `bytes` are what this rank gave, or of a recv what it got; `waited` in seconds."""
+    """One call: `bytes` are what this rank gave, or of a recv what it got; `waited` in seconds.
+    `detail` is the reduction, the root, or the other end of a message, `result` the bytes that this
+    rank got, `through` the function of torch.distributed that the user's code had called, and
+    `trail` all places of that code, the innermost first.
+    """
 
     op: str
     group: str
@@ -33,7 +37,21 @@ class Entry:
     phase: str
     module: str
     site: str
+    detail: str = ""
+    members: tuple[int, ...] = ()
+    result: int = 0
+    through: str = ""
+    trail: str = ""
     waited: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return name_of(self.op, self.group, self.trail)
+
+
+def name_of(op: str, group: str, trail: str) -> str:
+    """The name of a call site, the same for all calls of it, and on every rank."""
+    return f"{op} on {group} at {trail}"
 
 
 class Ledger:

@@ -17,12 +17,23 @@ from torch.distributed import ProcessGroup, Work
 
 from parity.backend import moves
 from parity.backend.board import Board
-from parity.backend.call import AnyReceive, Call, Marks, Site, What, marks_of, site, unseen
+from parity.backend.call import (
+    AnyReceive,
+    Call,
+    Marks,
+    Site,
+    What,
+    marks_of,
+    site,
+    through,
+    trail,
+    unseen,
+)
 from parity.backend.engine import Engine
-from parity.backend.fold import Reduction, by_place, reduction
+from parity.backend.fold import Reduction, by_place, reduction, twice
 from parity.backend.guard import Guard
 from parity.backend.lane import Lane
-from parity.backend.ledger import Entry, Ledger
+from parity.backend.ledger import Entry, Ledger, name_of
 from parity.backend.memory import Region
 from parity.backend.mutation import Mutation
 from parity.backend.settings import Rule, Settings
@@ -32,6 +43,7 @@ from parity.errors import ProtocolError
 
 NAME = "parity"
 _DONE = Finished()
+_MakeMove = Callable[[Call, list[Tensor], list[Tensor]], moves.Move]
 
 
 class World:
@@ -45,7 +57,8 @@ class World:
         self.home: Member | None = None  # the first group, with which the world ends
         settings = Place.settings
         self.ledger = Place.ledger = Ledger(settings.ledger) if settings.ledger else None
-        self.mutation = Mutation(settings.rules, rank) if settings.rules else None
+        self.mutation = Place.mutation = Mutation(settings.rules, rank) if settings.rules else None
+        self.groups: list[Member] = []  # that are open
         self.watch = Place.watch
         self.by_place = settings.order == "place"
 
@@ -57,6 +70,7 @@ class Place:
     settings = Settings()
     watch: Watch | None = None
     ledger: Ledger | None = None  # of the last world: to be read after its end too
+    mutation: Mutation | None = None  # likewise
 
 
 class Member(ProcessGroup):
@@ -70,6 +84,7 @@ class Member(ProcessGroup):
         self.key = f"{name}|{members}|{world.visits[name]}"
         self.lane = Lane(world.board, self.key, members, seat)
         self.channels: dict[tuple[int, int, int], Lane] = {}
+        self._guests: Lane | None = None  # for calls of other groups that a rule sends here
         self._known: dict[tuple[What, Site], tuple[Marks, str]] = {}
         self._batch: list[Handle] | None = None
         self._calls = 0
@@ -77,6 +92,7 @@ class Member(ProcessGroup):
         self._description = ""
         self._is_open = True
         world.home = world.home or self
+        world.groups.append(self)
 
     # What torch.distributed asks of any group
 
@@ -103,6 +119,7 @@ class Member(ProcessGroup):
         self._is_open = False
         world = self.world
         world.visits[self._id] += 1
+        world.groups.remove(self)
         try:
             world.engine.settle(None if world.home is self else self)
         finally:
@@ -128,7 +145,7 @@ class Member(ProcessGroup):
         what: What,
         reads: list[Tensor],
         writes: list[Tensor],
-        move: Callable[[Call, list[Tensor], list[Tensor]], moves.Move],
+        move: _MakeMove,
         opts: Any,
         lane: Lane | dict[int, Lane] | None = None,
         *,
@@ -140,8 +157,7 @@ class Member(ProcessGroup):
         self._calls += 1
         place = site(2)
         marks, text = self._marks(what, place)
-        rule = self._rule(text, self._calls)
-        before = [x.detach().clone() for x in writes] if rule is not None else []
+        rule = self._rule(what, text, self._calls)
         call: Call
         if isinstance(lane, dict):
             call = AnyReceive(lane, what, marks, place)
@@ -151,33 +167,43 @@ class Member(ProcessGroup):
         if rule is not None and rule.change == "skip":
             call.is_done = True
             return call
-        self._enter(call, reads or writes)
         is_async = getattr(opts, "asyncOp", True)
         gives = [_flat(x, is_async) for x in reads]
         apart = is_async or rule is not None
         takes = [_room(x, apart) for x in writes]
+        late = [(x, t) for x, t in zip(writes, takes, strict=True) if apart or not _is_flat(x)]
+        if rule is not None:
+            call, takes = self._changed(rule, text, call, writes, gives, takes, move)
+        elif late:
+            call.deliver = lambda: _fill(late)
+        self._enter(call, reads, writes)
         if is_async:
             call.guard = Guard(reads, writes)
             if self.world.watch is not None:
                 self.world.watch.begin(id(call), reads, writes, text)
                 call.landed = partial(self.world.watch.end, id(call))
-        late = [(x, t) for x, t in zip(writes, takes, strict=True) if apart or not _is_flat(x)]
-        if late:
-            call.deliver = lambda: self._fill(late, rule, text, before)
-        self.world.engine.start(call, lambda c: move(c, gives, takes))
+        if call.ordinal == 0:  # else a rule has begun it already
+            self.world.engine.start(call, lambda c: move(c, gives, takes))
         return call
 
     def kind_of(self, name: str, x: Tensor, op: Any, to: str = "") -> tuple[Reduction, What]:
-        kind = reduction(op, x.dtype)
-        if kind.objection:
-            raise ValueError(f"{name} of {x.dtype}: {kind.objection}")
+        kind = self._kind(name, x.dtype, op)
         what = what_of(name, x, kind.name + to)
-        if self.world.by_place:
-            kind = kind._replace(fold=by_place(kind.fold))
-        rule = self._rule(self._marks(what, site(2))[1], self._calls + 1)
-        if rule is not None and rule.change == "op" and rule.value != kind.name:
-            return self.kind_of(name, x, getattr(dist.ReduceOp, str(rule.value)), to)
-        return kind, what
+        mutation = self.world.mutation
+        rule = self._rule(what, self._marks(what, site(2))[1], self._calls + 1)
+        if mutation is None or rule is None or rule.change not in ("op", "double"):
+            return kind, what
+        if rule.change == "op":
+            other = self._kind(name, x.dtype, getattr(dist.ReduceOp, str(rule.value)))
+        else:
+            other = twice(kind)
+        return mutation.instead(kind, other), what_of(name, x, other.name + to)
+
+    def _kind(self, name: str, dtype: torch.dtype, op: Any) -> Reduction:
+        kind = reduction(op, dtype)
+        if kind.objection:
+            raise ValueError(f"{name} of {dtype}: {kind.objection}")
+        return kind._replace(fold=by_place(kind.fold)) if self.world.by_place else kind
 
     def _marks(self, what: What, place: Site) -> tuple[Marks, str]:
         if self._epoch != self.world.board.epoch:
@@ -189,31 +215,91 @@ class Member(ProcessGroup):
             found = self._known[what, place] = marks_of(what, text, self.world.board.say), text
         return found
 
-    def _rule(self, text: str, number: int) -> Rule | None:
+    def _rule(self, what: What, text: str, number: int) -> Rule | None:
         mutation = self.world.mutation
-        return None if mutation is None else mutation.rule_for(text, number)
+        if mutation is None:
+            return None
+        name = name_of(what.called, self._label(), trail()) if mutation.by_site else ""
+        return mutation.rule_for(text, name, number)
 
-    def _enter(self, call: Call, tensors: list[Tensor]) -> None:
+    def _enter(self, call: Call, reads: list[Tensor], writes: list[Tensor]) -> None:
         """Into the ledger, if there is one."""
         ledger, what = self.world.ledger, call.what
         if ledger is not None:
-            op, sort = (what.verb or what.name).split()[0], str(what.dtype).removeprefix("torch.")
-            size = sum(x.nbytes for x in tensors)
             phase, module = ledger.place()
-            call.entry = Entry(op, self._label(), size, sort, phase, module, str(call.site))
+            call.entry = Entry(
+                op=what.called,
+                group=self._label(),
+                bytes=sum(x.nbytes for x in reads or writes),
+                dtype=str(what.dtype).removeprefix("torch."),
+                phase=phase,
+                module=module,
+                site=str(call.site),
+                detail=what.detail or what.verb.removeprefix(what.called).strip(),
+                members=tuple(self.members),
+                result=sum(x.nbytes for x in writes),
+                through=through(),
+                trail=trail(),
+            )
             ledger.add(call.entry)
 
-    def _fill(
-        self, pairs: list[tuple[Tensor, Tensor]], rule: Rule | None, text: str, old: list[Tensor]
-    ) -> None:
-        """Put results where the caller looks for them."""
-        if rule is not None and self.world.mutation is not None:
-            if rule.change in ("drop", "stale"):  # what was there, before any poison
-                for (x, _), before in zip(pairs, old, strict=True):
-                    x.detach().copy_(before)
-            pairs = self.world.mutation.change(rule, text, pairs)
-        for x, result in pairs:
-            x.detach().copy_(result.view(x.shape))
+    def _changed(
+        self,
+        rule: Rule,
+        text: str,
+        call: Call,
+        writes: list[Tensor],
+        gives: list[Tensor],
+        takes: list[Tensor],
+        move: _MakeMove,
+    ) -> tuple[Call, list[Tensor]]:
+        """See to it that the caller gets what the rule says: what to call for it, into what."""
+        mutation, engine = self.world.mutation, self.world.engine
+        assert mutation is not None
+        mutation.count()
+        before = [x.detach().clone() for x in writes]
+        true = takes
+        if rule.change == "swap":
+            call, takes, true = mutation.swap(
+                call, takes, lambda c, t: engine.start(c, lambda c: move(c, gives, t))
+            )
+
+        def deliver() -> None:
+            results = mutation.results(
+                rule, text, takes, lambda: self._elsewhere(rule, call, gives, takes, move)
+            )
+            _fill(list(zip(writes, before if results is None else results, strict=True)))
+            for x, result in zip(writes, true, strict=True):
+                mutation.note(x.detach(), result)
+
+        call.deliver = deliver
+        return call, takes
+
+    def _elsewhere(
+        self,
+        rule: Rule,
+        call: Call,
+        gives: list[Tensor],
+        takes: list[Tensor],
+        move: _MakeMove,
+    ) -> list[Tensor]:
+        """What the same call gives in another group, or what the next member of that one got."""
+        other = next((g for g in self.world.groups if g._label() == rule.value), None)
+        if other is None:
+            return takes
+        if other._guests is None:
+            name, board, members = f"{other.key}|guests", self.world.board, other.members
+            other._guests = Lane(board, name, members, other.seat, other.lane)
+        again = Call(other._guests, call.what, call.marks, call.site)
+        again.with_splits = call.with_splits
+        n = len(other.members)
+        copies = 1 if rule.change == "group" else n
+        rooms = [torch.empty_like(t) for t in takes for _ in range(copies)]
+        if rule.change == "peer":
+            move = lambda c, g, t: moves.all_gather(c, takes[0], t)  # noqa: E731
+        self.world.engine.start(again, lambda c: move(c, gives, rooms))
+        self.world.engine.wait(again)
+        return rooms if rule.change == "group" else [rooms[(other.seat + 1) % n]]
 
     def finish(self, calls: list[Call], opts: Any, outputs: Iterable[Tensor]) -> Work:
         engine = self.world.engine
@@ -236,6 +322,12 @@ class Member(ProcessGroup):
         if given in ("", "undefined"):
             return str(self.members)
         return "world" if given == "default_pg" else given
+
+
+def _fill(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Put results where the caller looks for them."""
+    for x, result in pairs:
+        x.detach().copy_(result.view(x.shape))
 
 
 def what_of(name: str, x: Tensor, detail: str = "") -> What:
