@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from parity.case import Case, Run
     from parity.errors import ParityError, RanksFailed, TraceError, UsageError
     from parity.launcher import Backend, launch
+    from parity.modules import record_modules
     from parity.ranks import world
     from parity.trace import Trace
 
@@ -25,6 +26,7 @@ __all__ = [
     "UsageError",
     "launch",
     "nudge",
+    "record_modules",
     "world",
 ]
 __version__ = "0.1.0"
@@ -40,6 +42,7 @@ _HOME = {
     "TraceError": "errors",
     "UsageError": "errors",
     "nudge": "bounds",
+    "record_modules": "modules",
     "world": "ranks",
 }
 

@@ -56,6 +56,8 @@ class Run:
     which function it is (model, data). `nudge` is 0, or the seed of a disturbance by one rounding,
     which a baseline must apply to its initial parameters (`parity.nudge`). `rank`, `device` are
     filled in on the rank; torch.distributed is initialised with `case.world` ranks by then.
+    `detail` asks for the records that say where a failure begins (`parity.record_modules`).
+    `masks` is a file of baseline values that take the place of the candidate's (trace.py).
     """
 
     case: Case
@@ -65,6 +67,8 @@ class Run:
     variant: Mapping[str, Scalar] = field(default_factory=dict)
     options: Mapping[str, Scalar] = field(default_factory=dict)
     nudge: int = 0
+    detail: bool = False
+    masks: str = ""
     rank: int = 0
     device: str = "cpu"
 

@@ -14,7 +14,7 @@ from parity.case import Run
 from parity.errors import TraceError
 from parity.launcher import Backend, launch_groups
 from parity.plan import resolve
-from parity.trace import Recording, Trace
+from parity.trace import Recording, Trace, load_masks
 
 
 @contextmanager
@@ -30,10 +30,10 @@ def record(
     with TemporaryDirectory(prefix="parity-") as folder:
         groups = [(target, numbered[i::lanes], folder, backend.device) for i in range(lanes)]
         launch_groups(trace_on_rank, world, groups, backend=backend)
-        yield [_recording(folder, i, world) for i in range(len(runs))]
+        yield [recording(folder, i, world) for i in range(len(runs))]
 
 
-def _recording(folder: str, run: int, world: int) -> Recording:
+def recording(folder: str, run: int, world: int) -> Recording:
     files = [_file(folder, run, rank) for rank in range(world)]
     kept = [file.with_suffix(".ledger") for file in files]
     return Recording(files, [ledger.load(path) for path in kept if path.exists()])
@@ -51,6 +51,7 @@ def trace_on_rank(
         device = f"cuda:{torch.cuda.current_device()}"
     function = resolve(target)
     for i, run in runs:
+        Trace.masks = load_masks(Path(run.masks)) if run.masks else {}
         trace = function(replace(run, rank=rank, device=device))
         if not isinstance(trace, Trace):
             raise TraceError(f"{target} returned {type(trace).__name__}, not a parity.Trace")

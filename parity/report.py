@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from parity import ledger
+from parity import explain, ledger
 from parity.bounds import LOOSE
 from parity.case import Case
+from parity.culprit import Culprit
 from parity.errors import COULD_NOT_RUN, PARITY_FAILURE, PASSED, USAGE
 from parity.judge import LOGIC, Verdict
 from parity.matrix import Skip
@@ -45,6 +46,10 @@ class Report:
     skipped: Sequence[Skip]
     seconds: float
     baseline_seconds: float
+
+    @property
+    def explain(self) -> str:
+        return self.command.replace("parity run", "parity explain", 1)
 
     @property
     def compared(self) -> tuple[int, int]:
@@ -170,10 +175,15 @@ def _failure(report: Report, result: Result, verbose: bool) -> str:
         f"  in {judged.run.label}, against the baseline '{judged.baseline}'",
         f"  {_neighbours(judged, verdict)}",
     ]
+    if result.unexplained:
+        lines.append(f"  a closer look at it failed: {result.unexplained}")
+    if result.culprits is not None:
+        lines += [f"  {line}" for line in explain.lines(result.culprits)]
     if verbose:
         bad = [(j, v) for j in result.judged for v in j.verdicts if not v.good]
         lines += [f"    {j.run.label} / {j.baseline}: {v.key}: {what_is_wrong(v)}" for j, v in bad]
-    return "\n".join([*lines, again])
+    closer = f"  look closer: {report.explain} --case {result.case.id}"
+    return "\n".join([*lines, again, closer])
 
 
 def what_is_wrong(v: Verdict) -> str:
@@ -309,6 +319,7 @@ def _case_json(result: Result) -> dict[str, Any]:
         "diff": result.diff,
         "error": result.error,
         "checks": {check: _cell_json(cell(result.judged, check)) for check in CHECKS},
+        "culprits": [_culprit_json(culprit) for culprit in result.culprits or ()],
         "wrong": [
             {
                 "dtype": j.run.dtype,
@@ -320,6 +331,18 @@ def _case_json(result: Result) -> dict[str, Any]:
             for v in j.verdicts
             if not v.good
         ],
+    }
+
+
+def _culprit_json(c: Culprit) -> dict[str, Any]:
+    return {
+        "dtype": c.run.dtype,
+        "variant": dict(c.run.variant),
+        **_verdict_json(c.verdict),
+        "where": c.where,
+        "diagnoses": [fit._asdict() for fit in c.fits],
+        "alike": [str(key) for key in c.alike],
+        "hint": c.hint,
     }
 
 

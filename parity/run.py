@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from parity.baseline import Baselines
 from parity.bounds import Expected
 from parity.case import Case, Run
+from parity.culprit import Culprit, find
 from parity.errors import RanksFailed
 from parity.judge import LOGIC, Override, Verdict, judge
 from parity.ledger import Sums, total
 from parity.plan import Baseline, Plan
 from parity.record import record
-from parity.trace import CHECKS, Key, Recording
-from parity.whole import Whole, join, same_bits
+from parity.trace import CHECKS, DETAILS, Key, Recording
+from parity.whole import Whole, join, on_one_thread, same_bits
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Result:
     diff: float | None = None
     ledger: Sums = field(default_factory=dict)  # of the first run, if one was asked for
     error: str = ""
+    culprit: Culprit | None = None  # of a detailed run
+    culprits: Sequence[Culprit] | None = None  # of a failure that was investigated
+    unexplained: str = ""  # why it could not be
 
     @property
     def first_divergence(self) -> tuple[Judged, Verdict] | None:
@@ -65,13 +69,18 @@ class Session:
         self.plan = plan
         self.baselines = baselines or Baselines(plan)
 
-    def result(self, case: Case) -> Result:
-        """Raises BaselineFailed or TraceError when there is nothing sound to judge against."""
+    @on_one_thread
+    def result(self, case: Case, masks: str = "", masked: Container[Key] = ()) -> Result:
+        """Raises BaselineFailed or TraceError when there is nothing sound to judge against.
+
+        `masks` is a file of values that replace the candidate's; these are `masked`.
+        """
         self.baselines.prepare(case)
         start = time.perf_counter()
-        runs = self.plan.runs(case)
+        runs = [replace(run, masks=masks) for run in self.plan.runs(case)]
         judged: list[Judged] = []
         diffs: list[float] = []
+        culprit = None
         try:
             with record(self.plan.target, runs, self.plan.backend) as recordings:
                 ran = time.perf_counter() - start
@@ -79,6 +88,8 @@ class Session:
                 for run, recording in zip(runs, recordings, strict=True):
                     wholes = _wholes(recording)
                     judged += self._judge(run, wholes)
+                    if self.plan.detail and culprit is None:
+                        culprit = self._culprit(judged[-1], recording, wholes, masked)
                     diffs += self._differences(run, wholes)
         except RanksFailed as error:
             return Result(case, "error", [], time.perf_counter() - start, error=str(error))
@@ -88,13 +99,23 @@ class Session:
         good = all(verdict.good for j in judged for verdict in j.verdicts)
         status = "pass" if good else "fail"
         diff = max(diffs, default=None)
-        return Result(case, status, judged, seconds, seconds - ran, diff, sums)
+        return Result(case, status, judged, seconds, seconds - ran, diff, sums, culprit=culprit)
 
     def _judge(self, run: Run, wholes: dict[Key, Whole]) -> Iterator[Judged]:
         for baseline in self.plan.baselines:
             if not self._is_itself(baseline, run):
                 expected = self.baselines.expected(baseline, run.dtype, run.case)
                 yield Judged(run, baseline.name, list(self._verdicts(wholes, expected)))
+
+    def _culprit(
+        self, judged: Judged, recording: Recording, wholes: dict[Key, Whole], masked: Container[Key]
+    ) -> Culprit | None:
+        run, verdicts = judged.run, judged.verdicts
+        bad = next((v for v in verdicts if not v.good and v.key not in masked), None)
+        if bad is None:
+            return None
+        expected = self.baselines.expected(self.plan.baselines[0], run.dtype, run.case)
+        return find(run, verdicts, bad, recording, wholes, expected)
 
     def _is_itself(self, baseline: Baseline, run: Run) -> bool:
         return (
@@ -109,10 +130,10 @@ class Session:
         for key, e in expected.items():
             if key in wholes:
                 yield judge(key, wholes[key], e, self._override(key))
-            else:
+            elif key.check not in DETAILS:  # modules that one side alone has are nobody's mistake
                 yield Verdict(key, "missing", "the candidate did not record it")
         for key in wholes:
-            if key not in expected:
+            if key not in expected and key.check not in DETAILS:
                 yield Verdict(key, "extra", "the baseline did not record it")
 
     def _override(self, key: Key) -> Override | None:

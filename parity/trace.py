@@ -7,9 +7,9 @@ and judges them. No collective of the program under test takes part.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,6 +20,9 @@ from parity.errors import TraceError
 
 # The checks, in the order in which a training step makes what they compare.
 CHECKS = ("forward", "gradient", "norm", "state", "loss")
+# Recorded only where `run.detail` asks for it: what parameters were before the first step, what
+# modules put out in it, and the gradients of that.
+DETAILS = ("parameter", "activation", "backward")
 
 
 class Key(NamedTuple):
@@ -49,9 +52,18 @@ class Piece(NamedTuple):
 
 
 class Trace:
-    """The records of one rank. `add` copies, so the program may go on changing its tensors."""
+    """The records of one rank. `add` copies, so the program may go on changing its tensors.
 
-    def __init__(self) -> None:
+    `at` are the coordinates of the rank by axis, as in {"dp": 0, "tp": 1}: with them a diagnosis
+    can say over which axis a reduction is missing. Where `masks` holds the baseline's value of a
+    record, `add` writes it over the tensor that it was given, once that is recorded: the program
+    goes on as if it had been right until here.
+    """
+
+    masks: ClassVar[Mapping[Key, Tensor]] = {}  # of the run that is under way on this rank
+
+    def __init__(self, at: Mapping[str, int] | None = None) -> None:
+        self.at = dict(at or {})
         self.boxes: list[Box] = []
         self.tensors: list[Tensor] = []
         self._shapes: dict[Key, tuple[int, ...]] = {}
@@ -68,8 +80,9 @@ class Trace:
     ) -> None:
         """Record `tensor` as the box at `offset` of a whole of `shape`; without them it is whole.
 
-        A piece of several boxes is added box by box. Raises TraceError for a box that does not lie
-        in its whole, that was added before, or that gives the whole another shape.
+        A piece of several boxes is added box by box. One that reaches beyond its whole is for the
+        judge to find. Raises TraceError for a box that cannot be a part of the whole, that was
+        added before, or that gives the whole another shape.
         """
         shape = tuple(tensor.shape if shape is None else shape)
         offset = (0,) * len(shape) if offset is None else tuple(offset)
@@ -83,22 +96,39 @@ class Trace:
         self._seen.add((box, tuple(tensor.shape)))
         self.boxes.append(box)
         self.tensors.append(tensor.detach().to("cpu", copy=True).contiguous())
+        if (right := self.masks.get(box.key)) is not None and right.shape == shape:
+            part = right[_slices(box, tensor)]
+            if part.shape == tensor.shape:
+                # Not `detach`: autograd, which may have saved the tensor, is not to know of it.
+                tensor.data.copy_(part)
 
     def save(self, path: Path) -> None:
         tensors = {str(i): tensor for i, tensor in enumerate(self.tensors)}
-        save_file(tensors, path, metadata={"parity": json.dumps(self.boxes)})
+        metadata = {"parity": json.dumps(self.boxes), "at": json.dumps(self.at)}
+        save_file(tensors, path, metadata=metadata)
 
 
 def _check(box: Box, size: tuple[int, ...]) -> None:
-    if box.key.check not in CHECKS:
-        raise TraceError(f"{box.key}: no such check (known: {', '.join(CHECKS)})")
-    if not len(size) == len(box.shape) == len(box.offset) or any(
-        start < 0 or start + length > end
-        for start, length, end in zip(box.offset, size, box.shape, strict=True)
-    ):
+    if box.key.check not in CHECKS + DETAILS:
+        known = ", ".join(CHECKS + DETAILS)
+        raise TraceError(f"{box.key}: no such check (known: {known})")
+    if not len(size) == len(box.shape) == len(box.offset) or min(box.offset, default=0) < 0:
         raise TraceError(
             f"{box.key}: a box of {size} at {box.offset} does not lie in a whole of {box.shape}"
         )
+
+
+def _slices(box: Box, tensor: Tensor) -> tuple[slice, ...]:
+    return tuple(slice(i, i + n) for i, n in zip(box.offset, tensor.shape, strict=True))
+
+
+def save_masks(masks: Mapping[Key, Tensor], path: Path) -> None:
+    save_file({"\n".join(key): value.contiguous() for key, value in masks.items()}, path)
+
+
+def load_masks(path: Path) -> dict[Key, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {Key(*name.split("\n")): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 class Recording:
@@ -115,6 +145,10 @@ class Recording:
             ):
                 box = Box(Key(check, name), tuple(shape), tuple(offset))
                 self._where.setdefault(box.key, []).append((rank, box, str(i)))
+
+    def at(self, rank: int) -> dict[str, int]:
+        """The coordinates of a rank by its own word; empty if it gave none."""
+        return {k: int(v) for k, v in json.loads(self._files[rank].metadata()["at"]).items()}
 
     @property
     def keys(self) -> list[Key]:

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from itertools import combinations
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from parity.trace import Piece
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_one_thread(function: Callable[P, R]) -> Callable[P, R]:
+    """Judging is many small operations: threads that meet after each of them, on cores that others
+    use too, made it 30 times slower.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return call
 
 
 class Finding(NamedTuple):
@@ -37,6 +58,10 @@ def join(pieces: list[Piece], shapes: list[tuple[int, ...]]) -> Whole:
     if len(dtypes) > 1:
         said = ", ".join(f"rank {rank} holds {dtype}" for dtype, rank in dtypes.items())
         return Whole(None, 0, [Finding("dtype", f"ranks disagree about the dtype: {said}")])
+    for rank, offset, tensor in pieces:
+        if any(i + n > end for i, n, end in zip(offset, tensor.shape, shapes[0], strict=True)):
+            text = f"{tuple(tensor.shape)} at {offset} reaches beyond the whole of {shapes[0]}"
+            return Whole(None, 0, [Finding("shape", f"the piece of rank {rank}, {text}")])
     boxes: dict[tuple[tuple[int, ...], ...], list[Piece]] = {}
     for piece in pieces:
         boxes.setdefault((piece.offset, tuple(piece.tensor.shape)), []).append(piece)

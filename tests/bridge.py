@@ -11,17 +11,22 @@ fill several buckets, of which one is smaller than the embedding's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from heiretsu import PRESETS, Batch, Mesh, Topology, Trainer, data, problems
 from heiretsu import Run as Training
-from heiretsu.layers import layouts
+from heiretsu.config import Model
+from heiretsu.layers import ColumnLinear, RowLinear, layouts
+from heiretsu.layout import Cut, Layout, Span, share
+from heiretsu.model import GPT
 from heiretsu.rng import stream
-from parity import Case, Run, Trace, nudge
+from parity import Case, Run, Trace, nudge, record_modules
+from parity.modules import Placed, Seen
 from tests.reference.plain_gpt import PlainGPT, adamw, mean_loss
 
 LR = {"sgd": 0.2, "adamw": 2e-3}
@@ -31,7 +36,7 @@ WEIGHT_DECAY = 0.1
 
 @dataclass(frozen=True)
 class Task:
-    """The `options` of matrix.yaml."""
+    """The `options` of matrix.yaml; sizes of 0 are the preset's."""
 
     preset: str = "matrix"
     tied: bool = True
@@ -39,11 +44,28 @@ class Task:
     batch: int = 64
     sequence: int = 16
     micro_batches: int = 8
+    layers: int = 0
+    heads: int = 0
+    head_width: int = 0
+    vocab: int = 0
+
+    @property
+    def model(self) -> Model:
+        preset = PRESETS[self.preset]
+        heads = self.heads or preset.heads
+        width = self.head_width or preset.d_model // preset.heads
+        return Model(
+            vocab=self.vocab or preset.vocab,
+            context=preset.context,
+            d_model=heads * width,
+            heads=heads,
+            layers=self.layers or preset.layers,
+            tied=self.tied,
+        )
 
     def training(self, case: Case, **rest: object) -> Training:
-        model = replace(PRESETS[self.preset], tied=self.tied)
         return Training(
-            model=model,
+            model=self.model,
             topology=Topology(**case.axes),
             batch=self.batch,
             sequence=self.sequence,
@@ -63,7 +85,7 @@ def objections(case: Case, options: Mapping[str, object]) -> list[str]:
     task = Task(**options)  # type: ignore[arg-type]
     if task.preset not in PRESETS:
         raise ValueError(f"options: preset {task.preset} unknown (known: {', '.join(PRESETS)})")
-    corpus(task.data).check(PRESETS[task.preset].vocab, task.sequence)
+    corpus(task.data).check(task.model.vocab, task.sequence)
     return problems(task.training(case))
 
 
@@ -82,7 +104,7 @@ def batches(task: Task, seed: int, steps: int) -> Iterator[Batch]:
     with targets that are not scored: a sequence's end, of any length; and the first eighth of all
     sequences, which is the whole share of dp rank 0 of 8, and of microbatch 0 of 8.
     """
-    vocab = PRESETS[task.preset].vocab
+    vocab = task.model.vocab
     borders = min(5, task.sequence)
     turn = torch.arange(task.batch * borders).view(task.batch, borders)
     for step in range(steps):
@@ -113,7 +135,7 @@ def weights(task: Task, seed: int) -> dict[str, Tensor]:
 
 
 def plain_model(task: Task) -> PlainGPT:
-    m = replace(PRESETS[task.preset], tied=task.tied)
+    m = task.model
     return PlainGPT(m.vocab, m.context, m.d_model, m.heads, m.layers, m.tied)
 
 
@@ -125,15 +147,20 @@ def plain(run: Run) -> Trace:
         losses, norms = [], []
         model = plain_model(task).to(run.device, getattr(torch, run.dtype))
         load_plain(model, weights(task, run.seed), run.nudge)
+        detail = run.detail and kind == "sgd"
+        for name, parameter in model.named_parameters() if detail else ():
+            trace.add("parameter", name, parameter)
         sgd = torch.optim.SGD(model.parameters(), lr=LR["sgd"])
         optimizer = sgd if kind == "sgd" else adamw(model, LR["adamw"], WEIGHT_DECAY)
         for tokens, targets in batches(task, run.seed, steps):
             optimizer.zero_grad()
-            logits = model(tokens.to(run.device))
-            loss = mean_loss(logits, targets.to(run.device))
-            loss.backward()
+            with record_modules(trace, model) if detail else nullcontext():
+                logits = model(tokens.to(run.device))
+                if kind == "sgd":
+                    trace.add("forward", "logits", logits)
+                loss = mean_loss(logits, targets.to(run.device))
+                loss.backward()
             if kind == "sgd":
-                trace.add("forward", "logits", logits)
                 record_plain_gradients(trace, model)
             norms.append(clip(model, MAX_NORM[kind]))
             losses.append(loss.detach())
@@ -189,19 +216,27 @@ def candidate(run: Run) -> Trace:
     task = Task(**run.options)  # type: ignore[arg-type]
     training = task.training(run.case, dtype=run.dtype, seed=run.seed, **run.variant)
     mesh = mesh_of(training.topology, run.rank, run.device)
-    trace = Trace()
+    trace = Trace(at=mesh.at._asdict())
     for kind, steps in (("sgd", 1), ("adamw", run.steps)):
         losses, norms = [], []
         step = replace(training, optimizer=kind, lr=LR[kind], max_norm=MAX_NORM[kind])
         trainer = Trainer(step, mesh)
         load(trainer, weights(task, run.seed), run.nudge)
-        for batch in batches(task, run.seed, steps):
+        # Under masks AdamW's first step is to begin where SGD's does: its own records are dropped.
+        first = trace if kind == "sgd" else Trace()
+        for number, batch in enumerate(batches(task, run.seed, steps)):
             logits: list[Tensor] = []
             hook = trainer.model.register_forward_hook(
                 lambda _, __, out, logits=logits: logits.append(out.detach())
             )
-            losses.append(trainer.gradients(batch))
+            detail = run.detail and number == 0
+            if detail:
+                record_parameters(first, trainer)
+            with record_pieces(first, trainer) if detail else nullcontext():
+                losses.append(trainer.gradients(batch))
             hook.remove()
+            if detail and kind != "sgd":
+                record_gradients(first, trainer)
             if kind == "sgd":
                 record_logits(trace, trainer, logits)
                 record_gradients(trace, trainer)
@@ -223,8 +258,6 @@ def load(trainer: Trainer, values: dict[str, Tensor], seed: int) -> None:
 
 def record_logits(trace: Trace, trainer: Trainer, logits: list[Tensor]) -> None:
     """The last stage's microbatches are this dp rank's rows, and this tp rank's columns."""
-    from heiretsu.layout import Cut, Layout, share
-
     mesh, run = trainer.mesh, trainer.run
     if not mesh.is_last_stage:
         return
@@ -232,6 +265,53 @@ def record_logits(trace: Trace, trainer: Trainer, logits: list[Tensor]) -> None:
     row, _ = share(run.batch, mesh.size("dp"), mesh.at.dp)
     (_, column, _) = Layout(shape, Cut("tp", 2)).spans(mesh.size("tp"), mesh.at.tp)[0]
     trace.add("forward", "logits", torch.cat(logits), shape=shape, offset=(row, 0, column))
+
+
+def record_parameters(trace: Trace, trainer: Trainer) -> None:
+    for name, parameter, layout in layouts(trainer.model):
+        add(trace, trainer.mesh, "parameter", name, parameter, layout)
+
+
+def record_pieces(trace: Trace, trainer: Trainer) -> AbstractContextManager[None]:
+    """What modules see: rows of this dp rank's microbatch, and a piece of what is cut over tp."""
+    mesh, run = trainer.mesh, trainer.run
+    first, rows = share(run.batch, mesh.size("dp"), mesh.at.dp)
+    modules = dict(trainer.model.named_modules())
+
+    def place(seen: Seen) -> Placed | None:
+        is_whole = mesh.is_first_stage if seen.is_input else mesh.is_last_stage
+        if not seen.path and not is_whole:
+            return None  # a stage, which the baseline does not have
+        row, _ = share(rows, run.microbatches, seen.call)
+        cut = cut_of(modules[seen.path], seen.is_input)
+        *inner, last = seen.tensor.shape[1:]  # of tokens: nothing, and T
+        size, spans = last, [Span(0, 0, last)]
+        if cut is not None:
+            size, blocks = cut
+            layout = Layout((size,), Cut("tp", 0, blocks))
+            spans = layout.spans(mesh.size("tp"), mesh.at.tp)
+        zeros = (0,) * len(inner)
+        return Placed(
+            (run.batch, *inner, size),
+            [
+                ((first + row, *zeros, start), partial(Tensor.narrow, dim=-1, start=own, length=n))
+                for own, start, n in spans
+            ],
+        )
+
+    return record_modules(trace, trainer.model, place)
+
+
+def cut_of(module: nn.Module, is_input: bool) -> tuple[int, int] | None:
+    """The whole size of a last dimension that is cut over tp, and its blocks; None if it is not."""
+    if isinstance(module, GPT) and not is_input:
+        return module.config.vocab, 1
+    if isinstance(module, ColumnLinear) and not is_input:
+        whole, cut = module.layouts["bias"]
+        return whole[0], cut.blocks if cut else 1
+    if isinstance(module, RowLinear) and is_input:
+        return module.layouts["weight"].shape[1], 1
+    return None
 
 
 def record_gradients(trace: Trace, trainer: Trainer) -> None:
@@ -247,8 +327,6 @@ def record_state(trace: Trace, kind: str, trainer: Trainer) -> None:
 
 
 def add(trace: Trace, mesh: Mesh, check: str, name: str, local: Tensor, layout: object) -> None:
-    from heiretsu.layout import Layout
-
     assert isinstance(layout, Layout)
     for offset, box in layout.place(local, mesh.size("tp"), mesh.at.tp):
         trace.add(check, name, box, shape=layout.shape, offset=offset)

@@ -1,0 +1,96 @@
+"""What modules take in and put out, and the gradients of that, recorded without touching the model.
+
+A rank's modules see pieces: some rows of the batch at a time, and perhaps a cut of the last
+dimension. Where a piece lies is the caller's to say (`Place`); the default is that it is whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from parity.trace import Trace
+
+MODEL = "the model"  # the path of the outermost module is empty
+
+
+class Seen(NamedTuple):
+    """What a module has taken in (`is_input`) or put out; `call` counts its calls, from 0."""
+
+    path: str
+    is_input: bool
+    call: int
+    tensor: Tensor
+
+    @property
+    def name(self) -> str:
+        return f"{'input' if self.is_input else 'output'} of {self.path or MODEL}"
+
+
+class Placed(NamedTuple):
+    """Boxes of a whole of `shape`: the offset of each, and which part of the tensor it is."""
+
+    shape: Sequence[int]
+    boxes: Sequence[tuple[Sequence[int], Callable[[Tensor], Tensor]]]
+
+
+Place = Callable[[Seen], Placed | None]  # None: not to be recorded
+
+
+def whole(seen: Seen) -> Placed | None:
+    """For a program on one device that calls each module once."""
+    shape = tuple(seen.tensor.shape)
+    return Placed(shape, [((0,) * len(shape), lambda x: x)]) if seen.call == 0 else None
+
+
+@contextmanager
+def record_modules(trace: Trace, model: nn.Module, place: Place = whole) -> Iterator[None]:
+    """Record, as `activation` and `backward`, what `model` and all modules in it see meanwhile."""
+    recorder = _Recorder(trace, place)
+    hooks = []
+    for path, module in model.named_modules():
+        hooks += recorder.hook(path, module)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Recorder:
+    def __init__(self, trace: Trace, place: Place) -> None:
+        self.trace, self.place = trace, place
+        self.calls: Counter[str] = Counter()
+
+    def hook(self, path: str, module: nn.Module) -> list[Any]:
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            for x in inputs[:1]:  # further ones are masks and the like
+                self.see(path, True, x)
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            self.see(path, False, output)
+            self.calls[path] += 1
+
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+    def see(self, path: str, is_input: bool, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            return
+        seen = Seen(path, is_input, self.calls[path], x)
+        placed = self.place(seen)
+        if placed is None:
+            return
+        self.add("activation", seen.name, placed, x)
+        if x.requires_grad:
+            x.register_hook(lambda grad: self.add("backward", seen.name, placed, grad.clone()))
+
+    @torch.no_grad()
+    def add(self, check: str, name: str, placed: Placed, x: Tensor) -> Tensor:
+        for offset, part in placed.boxes:
+            self.trace.add(check, name, part(x), shape=placed.shape, offset=offset)
+        return x

@@ -1,0 +1,119 @@
+"""Modules are recorded without being touched; a mask puts right what was recorded as wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from parity import Trace, record_modules
+from parity.modules import Placed, Seen
+from parity.trace import Key, load_masks, save_masks
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 2))).double()
+
+
+@pytest.fixture(autouse=True)
+def no_masks() -> Iterator[None]:
+    yield
+    Trace.masks = {}
+
+
+def records(trace: Trace) -> dict[tuple[str, str], Tensor]:
+    return {
+        (box.key.check, box.key.name): t for box, t in zip(trace.boxes, trace.tensors, strict=True)
+    }
+
+
+def test_what_modules_take_in_and_put_out_is_recorded(model: nn.Module) -> None:
+    trace, x = Trace(), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    with record_modules(trace, model):
+        y = model(x)
+        y.square().sum().backward()
+    model(x)  # nothing is recorded any more
+    found = records(trace)
+    assert list(name for check, name in found if check == "activation") == [
+        "input of the model",
+        "input of 0",
+        "output of 0",
+        "input of 1",
+        "input of 1.0",
+        "output of 1.0",
+        "input of 1.1",
+        "output of 1.1",
+        "output of 1",
+        "output of the model",
+    ]
+    assert torch.equal(found["activation", "output of 0"], model[0](x))  # type: ignore[operator]
+    assert torch.equal(found["backward", "output of the model"], 2 * y)
+    assert x.grad is not None
+    assert torch.equal(found["backward", "input of the model"], x.grad)
+    assert next(name for check, name in found if check == "backward") == "output of 1.1"
+
+
+def test_pieces_lie_where_the_caller_says(model: nn.Module) -> None:
+    def place(seen: Seen) -> Placed | None:
+        if seen.path != "0" or seen.is_input:
+            return None
+        halves = [(0, 0), (3, 4)]  # where in the piece, where in the whole
+        return Placed(
+            (6, 7),
+            [
+                ((2 * seen.call, column), partial(Tensor.narrow, dim=1, start=own, length=3))
+                for own, column in halves
+            ],
+        )
+
+    trace = Trace(at={"tp": 1})
+    xs = [torch.randn(2, 4, dtype=torch.float64) for _ in range(3)]
+    with record_modules(trace, model, place):
+        for x in xs:
+            model(x).sum().backward()
+    offsets = [box.offset for box in trace.boxes if box.key.check == "activation"]
+    assert offsets == [(0, 0), (0, 4), (2, 0), (2, 4), (4, 0), (4, 4)]
+    assert {box.shape for box in trace.boxes} == {(6, 7)}
+    assert torch.equal(trace.tensors[1], model[0](xs[0])[:, 3:])  # type: ignore[operator]
+
+
+def test_a_mask_takes_the_place_of_what_was_recorded(model: nn.Module, tmp_path: Path) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64)
+    right = torch.randn(3, 6, dtype=torch.float64)
+    slope = torch.randn(3, 6, dtype=torch.float64)
+    masks = {
+        Key("activation", "output of 0"): right,
+        Key("backward", "output of 0"): slope,
+        Key("gradient", "0.bias"): torch.zeros(6, dtype=torch.float64),
+    }
+    save_masks(masks, tmp_path / "masks")
+    Trace.masks = load_masks(tmp_path / "masks")
+    assert Trace.masks.keys() == masks.keys()
+    trace = Trace()
+    with record_modules(trace, model):
+        y = model(x)
+        y.sum().backward()
+    found = records(trace)
+    linear: nn.Linear = model[0]  # type: ignore[index, assignment]
+    assert torch.equal(found["activation", "output of 0"], linear(x))  # as it was
+    assert torch.equal(y, model[1](right))  # type: ignore[index, operator]
+    assert linear.weight.grad is not None
+    assert linear.bias.grad is not None
+    assert torch.allclose(linear.weight.grad, slope.T @ x)
+    before = linear.bias.grad.clone()
+    trace.add("gradient", "0.bias", linear.bias.grad)
+    assert torch.equal(trace.tensors[-1], before)
+    assert not linear.bias.grad.any()
+
+
+def test_a_mask_fits_a_piece() -> None:
+    Trace.masks = {Key("gradient", "w"): torch.arange(6.0).view(3, 2)}
+    piece = torch.zeros(2, 1)
+    Trace().add("gradient", "w", piece, shape=(3, 2), offset=(1, 1))
+    assert piece.tolist() == [[3.0], [5.0]]
