@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parity.errors import COULD_NOT_RUN, PASSED, USAGE, ParityError, UsageError
+from parity.errors import (
+    COULD_NOT_RUN,
+    PARITY_FAILURE,
+    PASSED,
+    USAGE,
+    ParityError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from parity.matrix import Skip
@@ -44,10 +51,33 @@ def parser() -> argparse.ArgumentParser:
         epilog="exit status: 0 all ranks ended well; 2 a mistake in the command; 3 a rank failed",
     )
     _add_program(program)
+    closer = commands.add_parser(
+        "explain",
+        help="run failing cases again, everything recorded: which module, which mistake",
+        epilog=EXIT_CODES,
+    )
+    soaking = commands.add_parser(
+        "soak",
+        help="random configurations of a matrix: code that is right must stay green",
+        epilog=EXIT_CODES,
+    )
+    add = soaking.add_argument
+    add("--count", type=_positive, default=200, metavar="N", help="configurations; default: 200")
     listing = commands.add_parser("list", help="print the cases of a matrix, and what is skipped")
-    for command in (run, listing):
+    for command in (run, closer, soaking, listing):
         _add_choice(command)
-    _add_how(run)
+    for command in (run, closer, soaking, listing):
+        _add_backend(command)
+    for command in (run, closer, soaking):
+        _add_how(command)
+    mutate = commands.add_parser(
+        "mutate",
+        help="change every call among ranks, one at a time: is each change noticed?",
+        epilog="exit status: 0 every change was; 1 one was not, or the case is red as it is; 2 a "
+        "mistake in the command or the matrix; 3 it could not be run",
+    )
+    _add_choice(mutate)
+    _add_mutants(mutate)
     return top
 
 
@@ -57,19 +87,32 @@ def _add_choice(command: argparse.ArgumentParser) -> None:
     add("--case", action="append", default=[], metavar="ID", help="as in dp2-tp2-pp1, or with *")
     add("--max-world", type=_positive, metavar="N", help="no case with more ranks than this")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    add(
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change an option")
+
+
+def _add_backend(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--backend",
         choices=("auto", "parity", "gloo", "nccl"),
         default="auto",
         help="parity checks every call among ranks, in shared memory; auto: that, or nccl on GPUs",
     )
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change an option")
+
+
+def _add_mutants(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--steps", type=_positive, metavar="N", help="training steps per run; default: 2")
+    add("--only", action="append", default=[], metavar="SITE", help="a part of its name; with *")
+    add("--kind", action="append", default=[], metavar="KIND", help="as in drop, scale, stale")
+    add("--json", type=Path, metavar="FILE", help="write the report there too")
+    add("-v", "--verbose", action="store_true", help="print what became of every mutant")
 
 
 def _add_how(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--dtype", action="append", metavar="DTYPE", help="instead of the matrix's; repeatable")
     add("--steps", type=_positive, metavar="N", help="training steps per run")
+    add("--seed", type=int, metavar="N", help="of data and parameters, or of what soak draws")
     add("--thresh", type=_above_zero, metavar="X", help="allow a relative error of X everywhere")
     add("--deadline", type=_above_zero, metavar="S", help="seconds that a case may take")
     add("--json", type=Path, metavar="FILE", help="write the report there too")
@@ -109,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, _terminate)
     try:
-        return {"run": _run, "list": _list, "exec": _exec}[args.command](args)
+        return _COMMANDS[args.command](args)
     except ParityError as error:
         for line in str(error).splitlines():
             print(f"parity: {line}", file=sys.stderr)
@@ -139,11 +182,12 @@ def _wish(args: argparse.Namespace) -> Wish:
         cases=args.case,
         max_world=args.max_world,
         device=args.device,
-        backend=args.backend,
+        backend=given.get("backend", "parity"),
         ledger=bool(given.get("ledger")),
         settings=args.set,
         dtypes=given.get("dtype") or (),
         steps=given.get("steps"),
+        seed=given.get("seed"),
         thresh=given.get("thresh"),
         deadline=given.get("deadline"),
     )
@@ -173,19 +217,23 @@ def _exec(args: argparse.Namespace) -> int:
     return PASSED
 
 
+def _explain(args: argparse.Namespace) -> int:
+    from parity.explain import lines, neighbourhood
+
+    report, finished = _report(args)
+    for result in report.results:
+        print(f"\n{result.case.id}: {result.status}")
+        for culprit in result.culprits or ():
+            print("\n".join(["", *lines([culprit]), "", neighbourhood(culprit)]))
+    if not finished:
+        raise KeyboardInterrupt
+    return report.exit_code
+
+
 def _run(args: argparse.Namespace) -> int:
     from parity import report as reports
-    from parity.plan import prepare
 
-    if args.json and (not args.json.resolve().parent.is_dir() or args.json.is_dir()):
-        raise UsageError(f"--json {args.json}: it must be a file in a folder that exists")
-    plan, skipped = prepare(args.matrix, _wish(args))
-    if not plan.cases:
-        raise UsageError(
-            "nothing to run: every case is skipped",
-            *(f"{skip.case.id}: {skip.reason}" for skip in skipped),
-        )
-    done, finished = _execute(plan, args, skipped)
+    done, finished = _report(args)
     print(f"\n{reports.text(done, verbose=args.verbose)}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(reports.as_json(done), indent=1) + "\n")
@@ -194,13 +242,61 @@ def _run(args: argparse.Namespace) -> int:
     return done.exit_code
 
 
+def _report(args: argparse.Namespace) -> tuple[Report, bool]:
+    """Everything that is wrong with the command is said before anything runs."""
+    from parity.plan import prepare
+
+    if problem := _wrong_json(args.json):
+        raise UsageError(problem)
+    plan, skipped = prepare(args.matrix, _wish(args))
+    if not plan.cases:
+        raise UsageError(
+            "nothing to run: every case is skipped",
+            *(f"{skip.case.id}: {skip.reason}" for skip in skipped),
+        )
+    return _execute(plan, args, skipped)
+
+
+def _wrong_json(path: Path | None) -> str:
+    if path and (not path.resolve().parent.is_dir() or path.is_dir()):
+        return f"--json {path}: it must be a file in a folder that exists"
+    return ""
+
+
+def _mutate(args: argparse.Namespace) -> int:
+    from parity import mutate, mutation_report
+
+    choice = mutate.Choice(args.only, args.kind)
+    objections = [*choice.objections, *filter(None, [_wrong_json(args.json)])]
+    plan = mutate.plan_for(args.matrix, _wish(args), objections)
+    command = f"parity mutate {args.matrix} --case {plan.cases[0].id} --steps {plan.steps}"
+    progress = Progress(0)
+
+    def tell(done: int, total: int, fate: mutate.Fate | None) -> None:
+        progress.total = total
+        if fate is not None and (args.verbose or fate.verdict in ("survived", "error")):
+            progress.line(mutation_report.one_line(fate))
+        progress.done = done
+        progress.show("mutants")
+
+    progress.show("the baseline, and the case as it is")
+    report, finished = mutate.run(plan, choice, command, tell)
+    print(f"\n{mutation_report.text(report, verbose=args.verbose)}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(mutation_report.as_json(report), indent=1) + "\n")
+    if not finished:
+        raise KeyboardInterrupt
+    return report.exit_code
+
+
 def _execute(plan: Plan, args: argparse.Namespace, skipped: Sequence[Skip]) -> tuple[Report, bool]:
     """Run the cases. On Ctrl-C what is finished is reported all the same: (report, False)."""
+    from parity.investigate import Investigator
     from parity.report import Report, one_line
     from parity.run import Result, Session
 
     start, finished = time.perf_counter(), True
-    session, results = Session(plan), list[Result]()
+    session, results, closer = Session(plan), list[Result](), Investigator(plan)
     progress, baseline_seconds = Progress(len(plan.cases)), 0.0
     try:
         for case in plan.cases:
@@ -215,7 +311,7 @@ def _execute(plan: Plan, args: argparse.Namespace, skipped: Sequence[Skip]) -> t
             else:
                 baseline_seconds += time.perf_counter() - before
                 progress.show(case.id)
-                results.append(session.result(case))
+                results.append(closer.investigate(session.result(case)))
             progress.line(one_line(results[-1]))
             if args.fail_fast and results[-1].status != "pass":
                 break
@@ -227,6 +323,39 @@ def _execute(plan: Plan, args: argparse.Namespace, skipped: Sequence[Skip]) -> t
     command = f"parity run {args.matrix}"
     report = Report(plan, command, results, skipped, seconds, baseline_seconds)
     return report, finished
+
+
+def _soak(args: argparse.Namespace) -> int:
+    from parity.plan import prepare_soak
+    from parity.soak import Soaked, soak, text
+
+    plan, space = prepare_soak(args.matrix, _wish(args))
+    progress = Progress(args.count)
+
+    def tell(seen: Soaked) -> None:
+        progress.done = min(seen.total, args.count)
+        progress.show("shrinking the failure" if seen.alarm else f"{seen.draws} models and data")
+
+    seen = soak(plan, space, args.count, args.seed or 0, tell)
+    print(("\r\033[K" if progress.live else "") + text(seen))
+    if seen.alarm is None:
+        return PASSED if seen.total else USAGE
+    draw, result = seen.alarm.draw, seen.alarm.result
+    first = result.first_divergence
+    said = str(first[1].key) if first is not None else result.error
+    print(f"{result.status.upper()}  {result.case.id}  {said}")
+    print(f"  again: {draw.command(args.matrix)}")
+    return PARITY_FAILURE if result.status == "fail" else COULD_NOT_RUN
+
+
+_COMMANDS = {
+    "run": _run,
+    "explain": _explain,
+    "soak": _soak,
+    "mutate": _mutate,
+    "list": _list,
+    "exec": _exec,
+}
 
 
 class Progress:

@@ -57,6 +57,19 @@ AxisSizes = Annotated[
 ]
 
 
+class Range(_Strict):
+    """Whole numbers, both ends included."""
+
+    start: int = Field(alias="from")
+    to: int
+
+
+Choice = Annotated[
+    Annotated[list[Scalar], Field(min_length=1), Tag("<list>")] | Annotated[Range, Tag("<range>")],
+    Discriminator(lambda value: "<range>" if isinstance(value, dict) else "<list>"),
+]
+
+
 class Matrix(_Strict):
     """The file's fields; docs/matrix.md says what each is for."""
 
@@ -74,6 +87,7 @@ class Matrix(_Strict):
     include: list[dict[str, Scalar]] = []
     overrides: list[OverrideEntry] = []
     deadline: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300.0
+    soak: dict[str, Choice] = {}
 
 
 class Skip(NamedTuple):
@@ -169,6 +183,9 @@ def _contradictions(matrix: Matrix) -> dict[tuple[int | str, ...], str]:
         for key, value in addition.items():
             if key in matrix.axes and (type(value) is not int or value < 1):
                 found["include", i, key] = f"expected a whole number from 1 on, got {value!r}"
+    for name, choice in matrix.soak.items():
+        if isinstance(choice, Range) and choice.start > choice.to:
+            found["soak", name] = f"from {choice.start} to {choice.to} is no range; swap them"
     for name, baseline in matrix.baselines.items():
         if isinstance(baseline, CaseBaseline):
             try:

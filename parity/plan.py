@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,6 +48,7 @@ class Plan:
     seed: int = 0
     overrides: Sequence[Override] = ()
     backend: Backend = field(default_factory=Backend)
+    detail: bool = False
 
     def runs(self, case: Case) -> list[Run]:
         """A case is computed once per dtype and combination of variants."""
@@ -60,11 +61,19 @@ class Plan:
 
     def run(self, case: Case, dtype: str, variant: Mapping[str, Scalar]) -> Run:
         options = {**self.options, **case.options}
-        return Run(case, dtype, self.steps, self.seed, variant, options)
+        return Run(case, dtype, self.steps, self.seed, variant, options, detail=self.detail)
 
     @property
     def first_variant(self) -> dict[str, Scalar]:
         return {key: values[0] for key, values in self.variants.items()}
+
+
+class Space(NamedTuple):
+    """What may be drawn: choices for options, cases, and who objects to which."""
+
+    choices: Mapping[str, Sequence[Scalar] | matrices.Range]
+    cases: Sequence[Case]
+    objections: Callable[[Case, Mapping[str, Scalar]], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class Wish:
     settings: Sequence[str] = ()
     dtypes: Sequence[str] = ()
     steps: int | None = None
+    seed: int | None = None
     thresh: float | None = None
     deadline: float | None = None
 
@@ -101,6 +111,21 @@ def prepare(path: Path, wish: Wish) -> tuple[Plan, list[Skip]]:
     for target in dict.fromkeys([plan.target, *(b.target for b in plan.baselines)]):
         resolve(target)
     return plan, [skip for skip in skipped if skip.case in chosen]
+
+
+def prepare_soak(path: Path, wish: Wish) -> tuple[Plan, Space]:
+    """The plan that draws vary, and what they may be."""
+    plan, skipped = prepare(path, wish)
+    matrix = matrices.load(path)
+    if not matrix.soak:
+        raise UsageError(
+            f"{path}: nothing to draw from; add soak: with options and what they may be, as in "
+            "soak: {batch: {from: 2, to: 16}, tied: [true, false]}"
+        )
+    ask = _asker(matrix)
+    ask(Case(dict.fromkeys(matrix.axes, 1)), {**plan.options, **_largest(matrix)})
+    cases = [case for case in (*plan.cases, *(s.case for s in skipped)) if not case.options]
+    return plan, Space(matrix.soak, cases, ask)
 
 
 def resolve(path: str) -> Callable[..., Any]:
@@ -142,11 +167,12 @@ def _settings(texts: Sequence[str], matrix: Matrix) -> dict[str, Scalar]:
     """--set key=value, the value read as the type that the matrix gives the key."""
     settings: dict[str, Scalar] = {}
     wrong = []
+    examples = {**_largest(matrix), **matrix.options}
     for text in texts:
         key, equals, value = text.partition("=")
-        known = matrix.options.get(key)
+        known = examples.get(key)
         if not equals or known is None:
-            names = ", ".join(matrix.options)
+            names = ", ".join(examples)
             wrong.append(f"--set {text}: write it as KEY=VALUE, with a key of: {names}")
             continue
         try:
@@ -159,12 +185,26 @@ def _settings(texts: Sequence[str], matrix: Matrix) -> dict[str, Scalar]:
     return settings
 
 
+def _largest(matrix: Matrix) -> dict[str, Scalar]:
+    """One value for each option that a soak varies."""
+    return {
+        name: choice.to if isinstance(choice, matrices.Range) else choice[-1]
+        for name, choice in matrix.soak.items()
+    }
+
+
 def _objections(matrix: Matrix, options: dict[str, Scalar]) -> Callable[[Case], Sequence[str]]:
+    ask = _asker(matrix)
+    return lambda case: ask(case, {**options, **case.options})
+
+
+def _asker(matrix: Matrix) -> Callable[[Case, Mapping[str, Scalar]], Sequence[str]]:
+    """What the target objects to; raises UsageError for options that are wrong in any case."""
     ask = resolve(matrix.objections) if matrix.objections else lambda case, options: []
 
-    def objections(case: Case) -> Sequence[str]:
+    def objections(case: Case, options: Mapping[str, Scalar]) -> Sequence[str]:
         try:
-            return ask(case, {**options, **case.options})
+            return ask(case, options)
         except (ValueError, TypeError) as error:
             raise UsageError(str(error)) from error
 
@@ -221,7 +261,7 @@ def _plan(
         variants=matrix.variants,
         options=options,
         steps=wish.steps or matrix.steps,
-        seed=matrix.seed,
+        seed=matrix.seed if wish.seed is None else wish.seed,
         overrides=overrides,
         backend=_backend(wish, device, deadline),
     )

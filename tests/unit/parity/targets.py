@@ -82,6 +82,8 @@ def unpicklable() -> object:
 def objections(case: Case, options: Mapping[str, object]) -> list[str]:
     if set(options) - {"wrong", "size"}:
         raise ValueError("options: known are wrong, size")
+    if options.get("size") == 0:
+        return ["nothing has no size"]
     return ["7 is an unlucky number"] if case.axes["n"] == 7 else []
 
 
@@ -154,7 +156,9 @@ def candidate(run: Run) -> Trace:
     total = parts[rank].sum()
     if not (wrong == "sum" and n == 3):
         dist.all_reduce(total)
-    doubled = parts[rank] * (2.001 if wrong == "double" and n == 3 else 2)
+    is_wrong = wrong == "double" and n == 3
+    is_wrong |= wrong == "large" and n > 1 and int(run.options["size"]) > 4
+    doubled = parts[rank] * (2.001 if is_wrong else 2)
     trace = Trace()
     trace.add("forward", "doubled", doubled, shape=(24,), offset=(start,))
     trace.add("loss", "sum", total)

@@ -64,6 +64,9 @@ def objections(tmp_path: Path, text: str) -> list[str]:
             "axes: {dp: auto}\noverrides: [{tensor: x, bound: 1.0e-5, reason: ''}]",
             "4: overrides.0.reason: needs a sentence that says why, got ''",
         ),
+        ("axes: {dp: auto}\nsoak: {b: []}", "4: soak.b: must not be empty"),
+        ("axes: {dp: auto}\nsoak: {b: {from: 1, two: 2}}", "4: soak.b.to: is missing"),
+        ("axes: {dp: auto}\nsoak: {b: {from: 3, to: 2}}", "4: soak.b: from 3 to 2 is no range"),
         ("axes: [", "3: no YAML: "),
     ],
 )
