@@ -2,58 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 
-from parity import Backend
-from parity.backend import Settings
 from parity.baseline import Baselines
 from parity.case import Case, parse_axes
-from parity.plan import Baseline, Plan
 from parity.run import Result, Session
-from tests.bugs.bugs import BUGS, Bug
+from tests.bugs.catalogue import BUGS, Bug
+from tests.bugs.plans import plan, schedules
 
-ONE = Case({"dp": 1, "tp": 1, "pp": 1})
-
-
-def plan(target: str, dtype: str) -> Plan:
-    return Plan(
-        target=target,
-        baselines=[Baseline("plain", "tests.bridge:plain", ONE)],
-        cases=[],
-        dtypes=[dtype],
-        variants={"schedule": ["gpipe", "1f1b"]},
-        options={},
-        steps=3,
-        backend=Backend(settings=Settings(order="place")),  # as `parity run` has it
-    )
+Kept = Callable[[str, int], Baselines]
 
 
 @pytest.fixture(scope="module")
-def baselines() -> dict[str, Baselines]:
-    return {
-        dtype: Baselines(plan("tests.bridge:candidate", dtype)) for dtype in ("float64", "float32")
-    }
+def baselines() -> Kept:
+    """Made once per dtype and number of steps: which is all that they depend on."""
+    return cache(lambda dtype, steps: Baselines(plan("tests.bridge:candidate", dtype, steps)))
 
 
-def run(bug: Bug, case: str, baselines: dict[str, Baselines]) -> Result:
-    session = Session(plan(f"tests.bugs.bugs:{bug.name}", bug.dtype), baselines[bug.dtype])
-    return session.result(Case(parse_axes(case)))
+def run(bug: Bug, case: Case, baselines: Kept) -> Result:
+    planned = plan(bug.target, bug.dtype, bug.steps, case)
+    return Session(planned, baselines(bug.dtype, bug.steps)).result(case)
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_bug_is_caught_at_the_right_tensor(bug: Bug, baselines: dict[str, Baselines]) -> None:
-    result = run(bug, bug.case, baselines)
+def test_bug_is_caught_at_the_right_tensor(bug: Bug, baselines: Kept) -> None:
+    case = Case(parse_axes(bug.case))
+    result = run(bug, case, baselines)
     assert result.status == "fail", result.error
     first = result.first_divergence
     assert first is not None
-    red = {v.key.check for j in result.judged for v in j.verdicts if not v.good}
+    red = [(j.run.variant["schedule"], v) for j in result.judged for v in j.verdicts if not v.good]
     assert str(first[1].key).startswith(bug.first), first[1].key
-    assert red == set(bug.seen.split())
+    assert first[1].status == bug.status
+    assert {verdict.key.check for _, verdict in red} == set(bug.seen.split())
+    assert {schedule for schedule, _ in red} == set(bug.schedules.split()) & set(schedules(case))
 
 
 @pytest.mark.parametrize("bug", [b for b in BUGS if b.silent], ids=lambda bug: bug.name)
-def test_bug_is_silent_where_it_changes_nothing(bug: Bug, baselines: dict[str, Baselines]) -> None:
+def test_bug_is_silent_where_it_changes_nothing(bug: Bug, baselines: Kept) -> None:
     assert bug.silent is not None
-    result = run(bug, bug.silent, baselines)
+    result = run(bug, Case(parse_axes(bug.silent)), baselines)
     assert result.first_divergence is None
     assert result.status == "pass", result.error
+
+
+def test_names_are_targets_of_their_own() -> None:
+    assert len({bug.name for bug in BUGS}) == len(BUGS)
