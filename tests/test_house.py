@@ -31,24 +31,26 @@ ROWS = {
         ["errors", "case", "yaml_file"],
         ["backend"],
         ["rank", "warm", "ledger", "bounds", "matrix"],
-        ["trace", "launcher"],
-        ["whole", "ranks", "script"],
-        ["judge"],
-        ["plan"],
-        ["record"],
-        ["baseline"],
-        ["run"],
-        ["report"],
+        ["trace", "launcher", "mutants"],
+        ["whole", "ranks", "script", "modules", "evidence"],
+        ["judge", "wording"],
+        ["plan", "mistakes", "rows", "parts"],
+        ["record", "diagnose"],
+        ["baseline", "culprit"],
+        ["run", "explain"],
+        ["report", "investigate", "soak"],
+        ["mutate"],
+        ["mutation_report"],
         ["cli", "__init__"],
         ["__main__"],
     ],
     "parity.backend": [
         ["memory", "fold", "settings", "ledger", "guard"],
-        ["board", "mutation"],
+        ["board"],
         ["lane", "deadlock"],
         ["moves"],
         ["call"],
-        ["engine", "watch"],
+        ["engine", "watch", "mutation"],
         ["work"],
         ["member"],
         ["group"],
@@ -117,6 +119,7 @@ def test_torch_distributed_is_spoken_to_in_few_places() -> None:
         "parity/launcher",  # knows what its files are called
         "parity/script",  # hosts the store of ranks that join by themselves
         "parity/warm",
+        "parity/mutants",  # knows the reductions by name
     }
 
 
