@@ -69,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
     for command in (run, closer, soaking, listing):
         _add_backend(command)
     for command in (run, closer, soaking):
+        _add_bounds(command)
+    for command in (run, closer):
         _add_how(command)
     mutate = commands.add_parser(
         "mutate",
@@ -108,13 +110,17 @@ def _add_mutants(command: argparse.ArgumentParser) -> None:
     add("-v", "--verbose", action="store_true", help="print what became of every mutant")
 
 
-def _add_how(command: argparse.ArgumentParser) -> None:
+def _add_bounds(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--dtype", action="append", metavar="DTYPE", help="instead of the matrix's; repeatable")
-    add("--steps", type=_positive, metavar="N", help="training steps per run")
     add("--seed", type=int, metavar="N", help="of data and parameters, or of what soak draws")
     add("--thresh", type=_above_zero, metavar="X", help="allow a relative error of X everywhere")
     add("--deadline", type=_above_zero, metavar="S", help="seconds that a case may take")
+
+
+def _add_how(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--steps", type=_positive, metavar="N", help="training steps per run")
     add("--json", type=Path, metavar="FILE", help="write the report there too")
     add("--ledger", action="store_true", help="count what ranks say to each other, per axis")
     add("--fail-fast", action="store_true", help="stop after the first case that did not pass")
@@ -218,11 +224,14 @@ def _exec(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
+    from parity import report as reports
     from parity.explain import lines, neighbourhood
 
     report, finished = _report(args)
+    if args.json:
+        args.json.write_text(json.dumps(reports.as_json(report), indent=1) + "\n")
     for result in report.results:
-        print(f"\n{result.case.id}: {result.status}")
+        print("\n".join(["", f"{result.case.id}: {result.status}", *result.error.splitlines()]))
         for culprit in result.culprits or ():
             print("\n".join(["", *lines([culprit]), "", neighbourhood(culprit)]))
     if not finished:

@@ -294,3 +294,31 @@ def test_an_override_is_shown_with_its_reason(parity: Call) -> None:
     code, out, _ = parity("run", "--set", "wrong=double", "--thresh", "0.01")
     assert code == 0
     assert "bounds set by hand:\n  *: relative error up to 0.01 (--thresh, set by the user)" in out
+
+
+def test_explain_shows_the_neighbourhood_and_writes_the_report(
+    parity: Call, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    code, out, _ = parity("explain", "--set", "wrong=double", "--json", str(report))
+    assert code == 1
+    assert "n1: pass\n" in out
+    assert "culprit: forward of doubled" in out
+    assert "it is 1.0005 times the baseline" in out
+    assert "forward of doubled, by rank" in out
+    culprits = [case["culprits"] for case in json.loads(report.read_text())["cases"]]
+    assert [len(found) for found in culprits] == [0, 0, 1]
+    assert culprits[2][0]["diagnoses"][0]["kind"] == "scaled"
+
+
+def test_explain_says_why_a_case_could_not_be_run(parity: Call) -> None:
+    code, out, _ = parity("explain", "--set", "wrong=kill", "--case", "n2", "--deadline", "10")
+    assert code == 3
+    assert "n2: error\nrank 1 was killed by SIGKILL" in out
+
+
+@pytest.mark.parametrize("option", ["--steps=3", "--json=x", "--ledger", "--fail-fast", "-v"])
+def test_soak_has_no_option_that_it_would_not_heed(parity: Call, option: str) -> None:
+    code, _, err = parity("soak", option)
+    assert code == 2
+    assert "unrecognized arguments" in err
