@@ -80,9 +80,20 @@ def rows_of(x: Tensor, dim: int) -> Tensor:
     return x.movedim(dim, 0).reshape(x.shape[dim], -1)
 
 
-def part_of(want: Tensor, piece: Piece) -> Tensor:
-    ends = zip(piece.offset, piece.tensor.shape, strict=True)
-    return want[tuple(slice(i, i + n) for i, n in ends)]
+def box_of(whole: Tensor, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+    return whole[tuple(slice(i, i + n) for i, n in zip(offset, shape, strict=True))]
+
+
+def part_of(whole: Tensor, piece: Piece) -> Tensor:
+    return box_of(whole, piece.offset, piece.tensor.shape)
+
+
+def nearest(ordered: Tensor, values: Tensor) -> Tensor:
+    """For each value the index of the closest of `ordered`, ascending and not empty."""
+    above = torch.searchsorted(ordered, values).clamp(max=len(ordered) - 1)
+    below = (above - 1).clamp(min=0)
+    is_below = (ordered[below] - values).abs() < (ordered[above] - values).abs()
+    return torch.where(is_below, below, above)
 
 
 def norms_added(e: Evidence, axis: str, once: bool) -> Tensor:
@@ -109,8 +120,8 @@ def sum_over(e: Evidence, axes: Sequence[str]) -> tuple[Tensor | None, int]:
         return None, 0
     total = torch.zeros_like(e.want)
     for (offset, shape), lines in groups.items():
-        slices = tuple(slice(i, i + n) for i, n in zip(offset, shape, strict=True))
-        total[slices] += torch.stack(next(iter(lines.values()))).sum(0)
+        part = torch.stack(next(iter(lines.values()))).sum(0)
+        box_of(total, offset, shape).add_(part)
     return total, count
 
 
@@ -170,8 +181,7 @@ def norm_with_copies(e: Evidence, axis: str) -> Tensor:
             box = piece.offset, tuple(piece.tensor.shape)
             copies.setdefault(box, set()).add(e.at[piece.rank][axis])
         for (offset, shape), places in copies.items():
-            part = want[tuple(slice(i, i + n) for i, n in zip(offset, shape, strict=True))]
-            total += len(places) * part.square().sum()
+            total += len(places) * box_of(want, offset, shape).square().sum()
     return total.sqrt()
 
 
@@ -181,8 +191,7 @@ def norm_on(e: Evidence, some: set[int]) -> Tensor:
     for want, pieces in e.gradients:
         boxes = {(p.offset, tuple(p.tensor.shape)) for p in pieces if p.rank in some}
         for offset, shape in boxes:
-            part = want[tuple(slice(i, i + n) for i, n in zip(offset, shape, strict=True))]
-            total += part.square().sum()
+            total += box_of(want, offset, shape).square().sum()
     return total.sqrt()
 
 
@@ -192,10 +201,7 @@ def source_rows(got: Tensor, want: Tensor) -> Tensor:
     ray = torch.randn(want.shape[1], generator=generator, dtype=torch.float64)
     a, b = got @ ray, want @ ray
     ordered, places = b.sort()
-    near = torch.searchsorted(ordered, a).clamp(max=len(b) - 1)
-    below = (near - 1).clamp(min=0)
-    near = torch.where((ordered[below] - a).abs() < (ordered[near] - a).abs(), below, near)
-    source = places[near]
+    source = places[nearest(ordered, a)]
     own = torch.arange(len(a))
     is_own = (a - b).abs() <= (a - b[source]).abs() * (1 + 1e-12) + 1e-12 * b.abs().max()
     return torch.where(is_own, own, source)

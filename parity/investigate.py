@@ -17,6 +17,7 @@ from torch import Tensor
 from parity.baseline import Baselines
 from parity.case import Case, Run
 from parity.culprit import Culprit, pattern
+from parity.errors import RanksFailed
 from parity.ledger import SIZE
 from parity.plan import Plan
 from parity.run import Result, Session
@@ -79,7 +80,10 @@ class Investigator:
             path = Path(folder) / "masks.safetensors"
             if masks:
                 save_masks(masks, path)
-            return session.result(case, str(path) if masks else "", masks).culprit
+            result = session.result(case, str(path) if masks else "", masks)
+        if result.status == "error":  # silence would read as if it had agreed this time
+            raise RanksFailed(result.error, ())
+        return result.culprit
 
     def _session(self, run: Run, steps: int) -> Session:
         """One way of computing, everything recorded, against the first baseline."""

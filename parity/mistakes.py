@@ -17,6 +17,7 @@ from parity.evidence import (
     Fit,
     is_close,
     known_vector,
+    nearest,
     norm_on,
     norm_with_copies,
     norms_added,
@@ -186,9 +187,7 @@ def of_others(e: Evidence) -> Iterator[Fit]:
     owner = torch.repeat_interleave(torch.arange(len(names)), sizes)
     ordered, places = pool.sort()
     wrong = e.got[(e.got - e.want).abs() > CLOSE * e.want.abs()]
-    near = torch.searchsorted(ordered, wrong).clamp(max=len(pool) - 1)
-    below = (near - 1).clamp(min=0)
-    near = torch.where((ordered[below] - wrong).abs() < (ordered[near] - wrong).abs(), below, near)
+    near = nearest(ordered, wrong)
     found = ((ordered[near] - wrong).abs() <= 1e-9 * wrong.abs()) & (wrong != 0)
     if not len(wrong) or found.sum() < 0.9 * (wrong != 0).sum() or found.sum() < 8:
         return

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -29,15 +30,16 @@ from parity.errors import (
     RanksFailed,
     UsageError,
 )
-from parity.judge import LOGIC, Verdict, judge
+from parity.judge import LOGIC, Verdict
 from parity.launcher import launch
 from parity.ledger import SIZE
 from parity.mutants import KINDS, Ledgers, Mutant, Site, labels, matches, mutants, sites
 from parity.plan import Plan, Wish, prepare
 from parity.record import recording, trace_on_rank
 from parity.report import what_is_wrong
+from parity.run import verdicts, whole_of
 from parity.trace import Recording
-from parity.whole import join, on_one_thread
+from parity.whole import on_one_thread
 
 STEPS = 2
 LETTERS = {"killed": "k", "equivalent": "=", "invariant": "~", "survived": "S", "error": "!"}
@@ -205,25 +207,14 @@ class Bench:
     def _judge(self, found: Recording) -> tuple[Verdict | None, Verdict | None]:
         """The first record that is red, in the order of the program, and the nearest to be."""
         near: Verdict | None = None
-        for verdict in self._verdicts(found):
+        expected = self.baselines.expected(self.plan.baselines[0], LOGIC, self.case)
+        one_by_one = partial(whole_of, found)  # so that a red one is the last to be joined
+        for verdict in verdicts(found.keys, one_by_one, expected, self.plan.overrides):
             if not verdict.good:
                 return verdict, None
             if near is None or verdict.excess > near.excess:
                 near = verdict
         return None, near
-
-    def _verdicts(self, found: Recording) -> Iterator[Verdict]:
-        expected = self.baselines.expected(self.plan.baselines[0], LOGIC, self.case)
-        keys = found.keys
-        for key, e in expected.items():
-            override = next((o for o in self.plan.overrides if o.covers(key)), None)
-            if key in keys:
-                yield judge(key, join(found.pieces(key), found.shapes(key)), e, override)
-            else:
-                yield Verdict(key, "missing", "the candidate did not record it")
-        for key in keys:
-            if key not in expected:
-                yield Verdict(key, "extra", "the baseline did not record it")
 
 
 def _on_rank(target: str, run: Run, folder: str, device: str) -> Tally:

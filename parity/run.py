@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from parity.baseline import Baselines
@@ -105,7 +105,11 @@ class Session:
         for baseline in self.plan.baselines:
             if not self._is_itself(baseline, run):
                 expected = self.baselines.expected(baseline, run.dtype, run.case)
-                yield Judged(run, baseline.name, list(self._verdicts(wholes, expected)))
+                yield Judged(
+                    run,
+                    baseline.name,
+                    list(verdicts(wholes, wholes.__getitem__, expected, self.plan.overrides)),
+                )
 
     def _culprit(
         self, judged: Judged, recording: Recording, wholes: dict[Key, Whole], masked: Container[Key]
@@ -124,21 +128,6 @@ class Session:
             and run.variant == self.plan.first_variant
         )
 
-    def _verdicts(
-        self, wholes: dict[Key, Whole], expected: dict[Key, Expected]
-    ) -> Iterator[Verdict]:
-        for key, e in expected.items():
-            if key in wholes:
-                yield judge(key, wholes[key], e, self._override(key))
-            elif key.check not in DETAILS:  # modules that one side alone has are nobody's mistake
-                yield Verdict(key, "missing", "the candidate did not record it")
-        for key in wholes:
-            if key not in expected and key.check not in DETAILS:
-                yield Verdict(key, "extra", "the baseline did not record it")
-
-    def _override(self, key: Key) -> Override | None:
-        return next((o for o in self.plan.overrides if o.covers(key)), None)
-
     def _differences(self, run: Run, wholes: dict[Key, Whole]) -> Iterator[float]:
         if run.dtype != self.plan.dtypes[-1]:
             return
@@ -154,5 +143,29 @@ class Session:
                 yield ((whole.tensor.double() - baseline).norm() / baseline.norm()).item()
 
 
+def verdicts(
+    keys: Collection[Key],
+    whole_of: Callable[[Key], Whole],
+    expected: Mapping[Key, Expected],
+    overrides: Sequence[Override],
+) -> Iterator[Verdict]:
+    """What is to be said of each record, in the baseline's program order. Modules that one side
+    alone has are nobody's mistake.
+    """
+    for key, e in expected.items():
+        if key in keys:
+            override = next((o for o in overrides if o.covers(key)), None)
+            yield judge(key, whole_of(key), e, override)
+        elif key.check not in DETAILS:
+            yield Verdict(key, "missing", "the candidate did not record it")
+    for key in keys:
+        if key not in expected and key.check not in DETAILS:
+            yield Verdict(key, "extra", "the baseline did not record it")
+
+
+def whole_of(recording: Recording, key: Key) -> Whole:
+    return join(recording.pieces(key), recording.shapes(key))
+
+
 def _wholes(recording: Recording) -> dict[Key, Whole]:
-    return {key: join(recording.pieces(key), recording.shapes(key)) for key in recording.keys}
+    return {key: whole_of(recording, key) for key in recording.keys}

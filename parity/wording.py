@@ -130,7 +130,7 @@ def mix_text(weights: Tensor, columns: Sequence[int]) -> str:
     said = []
     for i, row in enumerate(weights):
         near = row.round()
-        if (row - near).abs().max() > CLOSE or near.abs().max() > 9:
+        if (row - near).abs().max() > CLOSE or near.min() < 0 or near.max() > 9:
             return ""
         terms = [columns[j] for j in near.nonzero().flatten().tolist() for _ in range(int(near[j]))]
         if terms != [i] and i in columns:

@@ -149,6 +149,8 @@ def candidate(run: Run) -> Trace:
         os.kill(os.getpid(), signal.SIGKILL)
     if wrong == "hang" and n == 2 and rank == 1:
         wait_for_ever()
+    if wrong == "shy" and run.detail:
+        raise RuntimeError("not while somebody looks")
     if wrong == "print":
         print("hello from a rank", file=sys.stderr)
     parts = whole(run).tensor_split(n)
@@ -156,7 +158,7 @@ def candidate(run: Run) -> Trace:
     total = parts[rank].sum()
     if not (wrong == "sum" and n == 3):
         dist.all_reduce(total)
-    is_wrong = wrong == "double" and n == 3
+    is_wrong = wrong in ("double", "shy") and n == 3
     is_wrong |= wrong == "large" and n > 1 and int(run.options["size"]) > 4
     doubled = parts[rank] * (2.001 if is_wrong else 2)
     trace = Trace()

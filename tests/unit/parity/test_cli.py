@@ -322,3 +322,12 @@ def test_soak_has_no_option_that_it_would_not_heed(parity: Call, option: str) ->
     code, _, err = parity("soak", option)
     assert code == 2
     assert "unrecognized arguments" in err
+
+
+def test_a_closer_look_that_fails_is_said_and_the_verdict_stands(parity: Call) -> None:
+    code, out, _ = parity("run", "--set", "wrong=shy", "--case", "n3")
+    assert code == 1
+    assert "FAIL n3   first divergence: forward of doubled" in out
+    assert "a closer look at it failed: RanksFailed: " in out
+    assert "RuntimeError: not while somebody looks" in out
+    assert "agreed" not in out

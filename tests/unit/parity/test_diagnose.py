@@ -451,3 +451,12 @@ def test_no_record_is_too_strange_to_be_looked_at(
         assert fit.text
         assert 0 <= fit.residual <= 1e-3
         assert is_like(e, fit) or fit.kind == "rounding"
+
+
+def test_a_part_with_the_wrong_sign_is_not_called_zero() -> None:
+    want = draw(8, 3, 4)
+    got = want.clone()
+    got[2:4] *= -1
+    fits = of(got, want, Key("backward", "output of a"), numbers={"micro_batches": 4})
+    assert [fit.kind for fit in fits] == ["rows scaled"]
+    assert "rows 2 to 3 are -1 times the baseline: its sign is wrong" in fits[0].text
