@@ -18,7 +18,10 @@ def lines(culprits: Sequence[Culprit]) -> list[str]:
         name = "culprit" if i == 0 else "and, with that put right"
         said += [f"{name}: {culprit.verdict.key}", f"  {culprit.where}", *_why(culprit)]
     if not culprits:
-        said = ["run again with everything recorded it agreed: it is not the same in every run"]
+        said = [
+            "run again with everything recorded it agreed with the first baseline: either it is not the "
+            "same in every run, or it differs from another baseline alone"
+        ]
     return said
 
 
