@@ -17,8 +17,8 @@ from parity.case import Case
 from parity.errors import ParityError, RanksFailed, TraceError
 from parity.judge import LOGIC
 from parity.plan import Baseline, Plan
-from parity.record import record
 from parity.trace import DETAILS, Key, Recording
+from parity.tracing import record
 from parity.whole import join, on_one_thread, same_bits
 
 Wholes = dict[Key, Tensor]

@@ -35,10 +35,10 @@ from parity.launcher import launch
 from parity.ledger import SIZE
 from parity.mutants import KINDS, Ledgers, Mutant, Site, labels, matches, mutants, sites
 from parity.plan import Plan, Wish, prepare
-from parity.record import recording, trace_on_rank
 from parity.report import what_is_wrong
 from parity.run import verdicts, whole_of
 from parity.trace import Recording
+from parity.tracing import recording, trace_on_rank
 from parity.whole import on_one_thread
 
 STEPS = 2

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from parity import matrix as matrices
+from parity import matrix_file as matrices
 from parity.backend import Settings
 from parity.case import Case, Run, Scalar, parse_axes
 from parity.errors import UsageError
 from parity.judge import Override
 from parity.launcher import Backend
 from parity.ledger import SIZE
-from parity.matrix import DTYPES, Matrix, Skip
+from parity.matrix_file import DTYPES, Matrix, Skip
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from parity.case import Case
 from parity.culprit import Culprit
 from parity.errors import COULD_NOT_RUN, PARITY_FAILURE, PASSED, USAGE
 from parity.judge import LOGIC, Verdict
-from parity.matrix import Skip
+from parity.matrix_file import Skip
 from parity.plan import Plan
 from parity.run import Judged, Result
 from parity.trace import CHECKS

@@ -14,8 +14,8 @@ from parity.errors import RanksFailed
 from parity.judge import LOGIC, Override, Verdict, judge
 from parity.ledger import Sums, total
 from parity.plan import Baseline, Plan
-from parity.record import record
 from parity.trace import CHECKS, DETAILS, Key, Recording
+from parity.tracing import record
 from parity.whole import Whole, join, on_one_thread, same_bits
 
 

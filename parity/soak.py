@@ -19,7 +19,7 @@ from hypothesis.errors import Flaky, Unsatisfiable
 
 from parity.case import Case, Scalar
 from parity.errors import ParityError, TraceError, UsageError
-from parity.matrix import Range
+from parity.matrix_file import Range
 from parity.plan import Plan, Space
 from parity.run import Result, Session
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("heiretsu", "parity", "parity/backend")
+FOLDERS = ("heiretsu", "parity", "parity/backend", "parity/offline", "parity/subject")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 
-# A module imports from the rows above its own only; `backend` is a package with rows of its own.
+# A module imports from the rows above its own only; `backend` and the like are packages with rows
+# of their own.
 ROWS = {
     "heiretsu": [
         ["mesh", "layout", "schedule", "rng"],
@@ -28,21 +29,28 @@ ROWS = {
         ["__main__"],
     ],
     "parity": [
-        ["errors", "case", "yaml_file"],
+        ["errors", "case", "yaml_file", "arguments"],
         ["backend"],
-        ["rank", "warm", "ledger", "bounds", "matrix"],
+        ["rank", "warm", "ledger", "bounds", "matrix_file"],
         ["trace", "launcher", "mutants"],
         ["whole", "ranks", "script", "modules", "evidence"],
         ["judge", "wording"],
         ["plan", "mistakes", "rows", "parts"],
-        ["record", "diagnose"],
+        ["tracing", "diagnose"],
         ["baseline", "culprit"],
         ["run", "explain"],
         ["report", "investigate", "soak"],
         ["mutate"],
         ["mutation_report"],
+        ["offline", "subject"],
         ["cli", "__init__"],
         ["__main__"],
+    ],
+    "parity.offline": [
+        ["__init__"],
+    ],
+    "parity.subject": [
+        ["__init__"],
     ],
     "parity.backend": [
         ["memory", "fold", "settings", "ledger", "guard"],
@@ -100,7 +108,8 @@ def test_a_module_imports_only_from_above(path: Path) -> None:
 def test_every_module_has_its_row() -> None:
     for package, rows in ROWS.items():
         names = [p.stem for p in SOURCES if package_of(p) == package]
-        names += ["backend"] if package == "parity" else []
+        inner = [folder.removeprefix("parity/") for folder in FOLDERS if "/" in folder]
+        names += inner if package == "parity" else []
         assert sorted(names) == sorted(name for names in rows for name in names)
 
 
@@ -115,7 +124,7 @@ def test_torch_distributed_is_spoken_to_in_few_places() -> None:
         "heiretsu/comm",
         "heiretsu/__main__",  # joins the group that torchrun started
         "parity/rank",  # joins the group that parity started
-        "parity/record",  # asks for its rank
+        "parity/tracing",  # asks for its rank
         "parity/launcher",  # knows what its files are called
         "parity/script",  # hosts the store of ranks that join by themselves
         "parity/warm",

@@ -101,7 +101,7 @@ def test_every_option_named_exists() -> None:
 
 
 def test_the_documented_keys_are_the_keys() -> None:
-    from parity.matrix import Matrix
+    from parity.matrix_file import Matrix
 
     keys = set(re.findall(r"^\| (`.*?) \|", (ROOT / "docs/matrix.md").read_text(), re.MULTILINE))
     assert {name for key in keys for name in re.findall(r"`(\w+)`", key)} == set(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parity import Case, UsageError
-from parity.matrix import Matrix, combinations, load, skips
+from parity.matrix_file import Matrix, combinations, load, skips
 
 HEAD = "target: a.b:c\nbaselines: {plain: a.b:d}\n"
 

@@ -8,7 +8,7 @@ import pytest
 
 from parity.case import Case
 from parity.errors import UsageError
-from parity.matrix import Range
+from parity.matrix_file import Range
 from parity.plan import Plan, Wish, prepare_soak
 from parity.soak import Draw, Soaked, soak, text
 from tests.unit.parity.test_cli import MATRIX, Call, parity
