@@ -9,22 +9,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from parity.bounds import nudge
     from parity.case import Case, Run
+    from parity.cases import matrix
     from parity.errors import ParityError, RanksFailed, TraceError, UsageError
     from parity.launcher import Backend, launch
     from parity.modules import record_modules
     from parity.ranks import world
+    from parity.subject.check import Differs, TestCase
+    from parity.subject.program import Program
     from parity.trace import Trace
 
 __all__ = [
     "Backend",
     "Case",
+    "Differs",
     "ParityError",
+    "Program",
     "RanksFailed",
     "Run",
+    "TestCase",
     "Trace",
     "TraceError",
     "UsageError",
     "launch",
+    "matrix",
     "nudge",
     "record_modules",
     "world",
@@ -34,10 +41,14 @@ __version__ = "0.1.0"
 _HOME = {
     "Backend": "launcher",
     "Case": "case",
+    "Differs": "subject.check",
     "ParityError": "errors",
     "RanksFailed": "errors",
     "Run": "case",
+    "Program": "subject.program",
+    "TestCase": "subject.check",
     "launch": "launcher",
+    "matrix": "cases",
     "Trace": "trace",
     "TraceError": "errors",
     "UsageError": "errors",

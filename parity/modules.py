@@ -49,12 +49,21 @@ def whole(seen: Seen) -> Placed | None:
 
 
 @contextmanager
-def record_modules(trace: Trace, model: nn.Module, place: Place = whole) -> Iterator[None]:
-    """Record, as `activation` and `backward`, what `model` and all modules in it see meanwhile."""
+def record_modules(
+    trace: Trace,
+    model: nn.Module,
+    place: Place = whole,
+    rename: Callable[[str], str | None] = lambda path: path,
+) -> Iterator[None]:
+    """Record, as `activation` and `backward`, what `model` and all modules in it see meanwhile.
+
+    `rename` is from a module's path to the baseline's; modules without one are left out.
+    """
     recorder = _Recorder(trace, place)
     hooks = []
     for path, module in model.named_modules():
-        hooks += recorder.hook(path, module)
+        if (theirs := rename(path)) is not None:
+            hooks += recorder.hook(theirs, module)
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +26,22 @@ from parity.ledger import SIZE
 from parity.matrix_file import DTYPES, Matrix, Skip
 
 
+class Packed(NamedTuple):
+    """A target that has no name to be imported by: a callable, pickled."""
+
+    name: str
+    data: bytes
+
+
+Target = str | Packed
+
+
 @dataclass(frozen=True)
 class Baseline:
     """What candidates are held against: a target of its own on one rank, or a case of theirs."""
 
     name: str
-    target: str
+    target: Target
     case: Case
 
 
@@ -38,7 +49,7 @@ class Baseline:
 class Plan:
     """Everything a matrix decides, checked and expanded: what a session needs, and no more."""
 
-    target: str
+    target: Target
     baselines: Sequence[Baseline]
     cases: Sequence[Case]
     dtypes: Sequence[str]
@@ -98,9 +109,7 @@ def prepare(path: Path, wish: Wish) -> tuple[Plan, list[Skip]]:
     # Targets are imported from where the matrix lies: `tests.bridge` is beside it.
     sys.path.insert(0, str(path.resolve().parent))
     matrix = matrices.load(path)
-    device, room = _room(wish, matrix)
-    if problem := _wrong_backend(wish, device):
-        raise UsageError(problem)
+    device, room = room_for(wish, matrix.max_world)
     options = {**matrix.options, **_settings(wish.settings, matrix)}
     every = matrices.combinations(matrix, room)
     skipped = list(matrices.skips(every, room, _objections(matrix, options)))
@@ -128,8 +137,10 @@ def prepare_soak(path: Path, wish: Wish) -> tuple[Plan, Space]:
     return plan, Space(matrix.soak, cases, ask)
 
 
-def resolve(path: str) -> Callable[..., Any]:
+def resolve(path: Target) -> Callable[..., Any]:
     """`package.module:function` to the function; raises UsageError when there is none."""
+    if isinstance(path, Packed):
+        return pickle.loads(path.data)  # type: ignore[no-any-return]  # noqa: S301 (our own)
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -141,13 +152,23 @@ def resolve(path: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _room(wish: Wish, matrix: Matrix) -> tuple[str, int]:
-    """The device, and how many ranks fit: the visible GPUs, or as many processes as were asked."""
+def room_for(wish: Wish, most: int) -> tuple[str, int]:
+    """The device, and how many ranks fit: the visible GPUs, or as many processes as were asked, and
+    `most` where nothing was. Raises UsageError for a device that is not there, or a backend that
+    does not go with it.
+    """
+    device, room = _room(wish, most)
+    if problem := _wrong_backend(wish, device):
+        raise UsageError(problem)
+    return device, room
+
+
+def _room(wish: Wish, most: int) -> tuple[str, int]:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     gpus = torch.cuda.device_count()
     if wish.device == "cuda" and not gpus:
         raise UsageError("--device cuda: no GPU is visible; use --device cpu")
-    wanted = wish.max_world or matrix.max_world
+    wanted = wish.max_world or most
     if wish.device == "cpu" or not gpus:
         return "cpu", wanted
     if wish.backend == "parity":  # through the host's memory, as many ranks as one likes per GPU
@@ -263,11 +284,12 @@ def _plan(
         steps=wish.steps or matrix.steps,
         seed=matrix.seed if wish.seed is None else wish.seed,
         overrides=overrides,
-        backend=_backend(wish, device, deadline),
+        backend=backend_for(wish, device, deadline),
     )
 
 
-def _backend(wish: Wish, device: str, deadline: float) -> Backend:
+def backend_for(wish: Wish, device: str, deadline: float) -> Backend:
+    """How ranks are to talk, by what is asked for and where they are."""
     name = wish.backend
     if name == "auto":
         name = "nccl" if device == "cuda" and not wish.ledger else "parity"

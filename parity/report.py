@@ -99,7 +99,7 @@ _WORD = {"pass": "PASS", "fail": "FAIL", "error": "ERROR"}
 def text(report: Report, *, verbose: bool = False) -> str:
     """The whole report as it stands at the end of a run."""
     parts = [_table(report.results)] if report.results else []
-    parts += [_failure(report, result, verbose) for result in report.results if _is_bad(result)]
+    parts += [_failed(report, result, verbose) for result in report.results if _is_bad(result)]
     parts += [_ledger(result) for result in report.results if result.ledger]
     parts += [_overrides(report.plan)] if report.plan.overrides else []
     parts += [_counts(report), _summary(report)]
@@ -161,11 +161,19 @@ def _worst(result: Result) -> str:
     return "-" if worst is None else f"{worst.key} {worst.excess:.2g}x"
 
 
-def _failure(report: Report, result: Result, verbose: bool) -> str:
-    again = f"  again: {report.command} --case {result.case.id} -v"
+def _failed(report: Report, result: Result, verbose: bool) -> str:
+    case = f"--case {result.case.id}"
+    return failure(
+        result, f"{report.command} {case} -v", f"{report.explain} {case}", verbose=verbose
+    )
+
+
+def failure(result: Result, again: str, closer: str = "", *, verbose: bool = False) -> str:
+    """A case that did not pass, in words. `again` and `closer` are commands to type."""
+    todo = [f"  again: {again}"] * bool(again)
     if result.status == "error":
-        said = "\n".join(f"  {line}" for line in result.error.splitlines())
-        return f"ERROR {result.case.id}   could not be run\n{said}\n{again}"
+        said = [f"  {line}" for line in result.error.splitlines()]
+        return "\n".join([f"ERROR {result.case.id}   could not be run", *said, *todo])
     first = result.first_divergence
     assert first is not None
     judged, verdict = first
@@ -182,8 +190,7 @@ def _failure(report: Report, result: Result, verbose: bool) -> str:
     if verbose:
         bad = [(j, v) for j in result.judged for v in j.verdicts if not v.good]
         lines += [f"    {j.run.label} / {j.baseline}: {v.key}: {what_is_wrong(v)}" for j, v in bad]
-    closer = f"  look closer: {report.explain} --case {result.case.id}"
-    return "\n".join([*lines, again, closer])
+    return "\n".join([*lines, *todo, *([f"  look closer: {closer}"] if closer else [])])
 
 
 def what_is_wrong(v: Verdict) -> str:

@@ -77,12 +77,14 @@ class Trace:
         *,
         shape: Sequence[int] | None = None,
         offset: Sequence[int] | None = None,
+        again: bool = False,
     ) -> None:
         """Record `tensor` as the box at `offset` of a whole of `shape`; without them it is whole.
 
         A piece of several boxes is added box by box. One that reaches beyond its whole is for the
-        judge to find. Raises TraceError for a box that cannot be a part of the whole, that was
-        added before, or that gives the whole another shape.
+        judge to find. Raises TraceError for a box that cannot be a part of the whole, that gives
+        the whole another shape, or that was added before, unless a rank may hold it `again`:
+        copies are to agree.
         """
         shape = tuple(tensor.shape if shape is None else shape)
         offset = (0,) * len(shape) if offset is None else tuple(offset)
@@ -91,7 +93,7 @@ class Trace:
         known = self._shapes.setdefault(box.key, shape)
         if known != shape:
             raise TraceError(f"{box.key}: its whole was {known} before, and is {shape} now")
-        if (box, tuple(tensor.shape)) in self._seen:
+        if not again and (box, tuple(tensor.shape)) in self._seen:
             raise TraceError(f"{box.key}: recorded twice by the same rank at {box.offset}")
         self._seen.add((box, tuple(tensor.shape)))
         self.boxes.append(box)

@@ -13,13 +13,13 @@ from parity.backend import take_ledger
 from parity.case import Run
 from parity.errors import TraceError
 from parity.launcher import Backend, launch_groups
-from parity.plan import resolve
+from parity.plan import Target, resolve
 from parity.trace import Recording, Trace, load_masks
 
 
 @contextmanager
 def record(
-    target: str, runs: Sequence[Run], backend: Backend, lanes: int = 1
+    target: Target, runs: Sequence[Run], backend: Backend, lanes: int = 1
 ) -> Iterator[list[Recording]]:
     """One launch for all `runs` of a case: a recording per run, readable inside the context.
 
@@ -40,7 +40,7 @@ def recording(folder: str, run: int, world: int) -> Recording:
 
 
 def trace_on_rank(
-    target: str, runs: Sequence[tuple[int, Run]], folder: str, device: str = "cpu"
+    target: Target, runs: Sequence[tuple[int, Run]], folder: str, device: str = "cpu"
 ) -> None:
     """Runs on every rank: call the target once per run, and leave its traces in `folder`."""
     import torch
@@ -54,7 +54,8 @@ def trace_on_rank(
         Trace.masks = load_masks(Path(run.masks)) if run.masks else {}
         trace = function(replace(run, rank=rank, device=device))
         if not isinstance(trace, Trace):
-            raise TraceError(f"{target} returned {type(trace).__name__}, not a parity.Trace")
+            name = target if isinstance(target, str) else target.name
+            raise TraceError(f"{name} returned {type(trace).__name__}, not a parity.Trace")
         trace.save(_file(folder, i, rank))
         if entries := take_ledger():
             ledger.save(entries, _file(folder, i, rank).with_suffix(".ledger"))

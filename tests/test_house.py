@@ -30,6 +30,7 @@ ROWS = {
     ],
     "parity": [
         ["errors", "case", "yaml_file", "arguments"],
+        ["cases"],
         ["backend"],
         ["rank", "warm", "ledger", "bounds", "matrix_file"],
         ["trace", "launcher", "mutants"],
@@ -50,6 +51,12 @@ ROWS = {
         ["__init__"],
     ],
     "parity.subject": [
+        ["boxes", "packing", "placing"],
+        ["alignment", "program"],
+        ["places"],
+        ["training"],
+        ["target"],
+        ["check"],
         ["__init__"],
     ],
     "parity.backend": [
@@ -128,6 +135,11 @@ def test_torch_distributed_is_spoken_to_in_few_places() -> None:
         "parity/launcher",  # knows what its files are called
         "parity/script",  # hosts the store of ranks that join by themselves
         "parity/warm",
+        "subject/alignment",  # takes DTensors for what they hold
+        "subject/placing",
+        "subject/places",
+        "subject/training",
+        "subject/target",  # makes the mesh
         "parity/mutants",  # knows the reductions by name
     }
 

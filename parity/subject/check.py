@@ -1,0 +1,261 @@
+"""`case.check(...)`: what a user writes in a test becomes a plan, is run, and is judged."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parity.baseline import Baselines
+from parity.case import Case, Run, Scalar
+from parity.errors import ParityError, UsageError
+from parity.investigate import Investigator
+from parity.launcher import Backend
+from parity.matrix_file import DTYPES
+from parity.plan import Baseline, Packed, Plan, Wish, backend_for, room_for
+from parity.report import failure
+from parity.run import Result, Session
+from parity.subject import target as sides
+from parity.subject.packing import pack
+from parity.subject.placing import Cuts
+from parity.subject.program import Subject, leaves
+from parity.trace import Trace
+
+MOST = 8  # ranks, where there is no GPU and nobody says another number
+DEADLINE = 120.0  # seconds for a launch of a case
+
+
+class Differs(AssertionError):
+    """A candidate is not the same function as its baseline. The text is the whole report."""
+
+
+class CouldNotRun(ParityError):
+    """A case did not come to its end, so nothing is known of it."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How cases are run, whatever they compare."""
+
+    backend: Backend = field(default_factory=Backend)
+    dtypes: Sequence[str] = ()  # instead of what the test says
+    seed: int = 0
+    again: str = ""  # what to type to run the case again
+
+
+def how(wish: Wish) -> tuple[How, int]:
+    """What a user asks for, and how many ranks there is room for. Raises UsageError."""
+    device, room = room_for(wish, MOST)
+    backend = backend_for(wish, device, wish.deadline or DEADLINE)
+    return How(backend, wish.dtypes, wish.seed or 0), room
+
+
+class Kept:
+    """What baselines gave, for all cases that are held against the same one."""
+
+    def __init__(self) -> None:
+        self._folder = TemporaryDirectory(prefix="parity-")
+        self._sessions: dict[str, tuple[Baselines, Investigator]] = {}
+
+    def folder(self, data: bytes) -> str:
+        """One for each comparison, for what its baseline tells its candidates."""
+        path = Path(self._folder.name) / hashlib.blake2b(data, digest_size=16).hexdigest()
+        path.mkdir(exist_ok=True)
+        return str(path)
+
+    def session(self, plan: Plan) -> tuple[Session, Investigator]:
+        baseline = plan.baselines[0].target
+        assert isinstance(baseline, Packed)
+        what = (baseline.data, tuple(plan.dtypes), plan.steps, plan.seed, plan.backend)
+        key = hashlib.blake2b(repr(what).encode()).hexdigest()
+        baselines, closer = self._sessions.setdefault(key, (Baselines(plan), Investigator(plan)))
+        return Session(plan, baselines), closer.of(plan)
+
+
+class TestCase:
+    """One case of a test: its axes, and what it is asked to compare.
+
+    `case["tp"]` is the size of an axis, or the value of an option.
+    """
+
+    __test__ = False  # pytest is not to collect it
+
+    def __init__(self, case: Case, how: How | None = None, kept: Kept | None = None) -> None:
+        self.case, self.how, self.kept = case, how or How(), kept or Kept()
+        self.results: list[Result] = []
+
+    def __getitem__(self, name: str) -> Any:
+        return {**self.case.axes, **self.case.options}[name]
+
+    def __reduce__(self) -> Any:  # a candidate may ask for `case["tp"]` on its rank
+        return TestCase, (self.case,)
+
+    @property
+    def id(self) -> str:
+        return self.case.id
+
+    def check(
+        self,
+        baseline: Callable[[], nn.Module],
+        candidate: Callable[..., Any],
+        inputs: Sequence[Any],
+        *,
+        targets: Sequence[Any] = (),
+        loss: Callable[..., Tensor] | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+        steps: int = 1,
+        data: Mapping[str, int] | None = None,
+        split: Mapping[str, int] | None = None,
+        output: Mapping[Any, Any] | None = None,
+        layout: Mapping[str, Cuts] | None = None,
+        dtypes: Sequence[str] = ("float64", "float32"),
+        generic: bool = True,
+        input_gradients: bool | None = None,
+    ) -> Result:
+        """Hold a parallel module, or a step of training with it, against the one-device module.
+
+        `baseline()` makes the module; `candidate(full, mesh)` is called on every rank with the
+        baseline's state_dict and a DeviceMesh over the case's axes, and returns a module, or a
+        parity.Program. Both are called with `inputs` (tensors, and structures of them). Compared
+        are what they put out, the gradients of all parameters, and with an `optimizer`, made by
+        `optimizer(parameters)`, parameters and moments after `steps` steps.
+
+        Without a `loss` each output is given a gradient without a pattern, and the gradients of the
+        inputs are compared too (or as `input_gradients` says). `loss(output, *targets)` makes a
+        training step of it.
+
+        `data={"dp": 0}`: dim 0 of inputs and targets is cut over dp, and the candidate averages
+        gradients over it (as DDP and FSDP do). `split={"cp": 1}`: dim 1 is cut over cp, and nothing
+        is averaged. Where outputs lie is told by their shape; `output={-1: "tp"}` says it, and
+        `layout={"*.up.weight": {0: "tp"}}` where parameters lie that are not loaded as they are.
+        `generic=False` leaves zeros and ones in the parameters.
+
+        Raises Differs, CouldNotRun, and UsageError for what cannot be compared.
+        """
+        floats = [getattr(torch, name) for name in DTYPES if name in dtypes]
+        subject = Subject(
+            baseline,
+            candidate,
+            inputs,
+            targets,
+            loss,
+            optimizer,
+            data or {},
+            split or {},
+            _by_name(output or {}),
+            layout or {},
+            generic,
+            loss is None if input_gradients is None else input_gradients,
+            max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32),
+        )
+        objections = [*_objections(subject, self.case, steps), *_wrong_dtypes(dtypes)]
+        if objections:
+            raise UsageError(*objections)
+        own = replace(subject, candidate=None, output={}, layout={}, data={}, split={})  # type: ignore[arg-type]
+        folder = self.kept.folder(pack((own, steps), baseline, loss, optimizer))
+        return self._result(
+            pack(sides.Baseline(own, folder), baseline, loss, optimizer),
+            pack(sides.Candidate(subject, folder), baseline, candidate, loss, optimizer),
+            dtypes,
+            steps,
+        )
+
+    def compare(
+        self,
+        baseline: Callable[[Run], Trace],
+        candidate: Callable[[Run], Trace],
+        *,
+        steps: int = 1,
+        options: Mapping[str, Scalar] | None = None,
+        dtypes: Sequence[str] = ("float64", "float32"),
+    ) -> Result:
+        """Hold a whole program against another: both are targets, from a Run to a Trace."""
+        if objections := _wrong_dtypes(dtypes):
+            raise UsageError(*objections)
+        return self._result(
+            pack(baseline, baseline), pack(candidate, candidate), dtypes, steps, options or {}
+        )
+
+    def _result(
+        self,
+        baseline: bytes,
+        candidate: bytes,
+        dtypes: Sequence[str],
+        steps: int,
+        options: Mapping[str, Scalar] | None = None,
+    ) -> Result:
+        one = Case(dict.fromkeys(self.case.axes, 1))
+        plan = Plan(
+            target=Packed("the candidate", candidate),
+            baselines=[Baseline("baseline", Packed("the baseline", baseline), one)],
+            cases=[self.case],
+            dtypes=list(self.how.dtypes or dtypes),
+            variants={},
+            options=options or {},
+            steps=steps,
+            seed=self.how.seed,
+            backend=self.how.backend,
+        )
+        session, closer = self.kept.session(plan)
+        result = closer.investigate(session.result(self.case))
+        self.results.append(result)
+        if result.status == "error":
+            raise CouldNotRun(failure(result, self.how.again))
+        if result.status == "fail":
+            raise Differs(failure(result, self.how.again))
+        return result
+
+
+def _by_name(output: Mapping[Any, Any]) -> Mapping[str, Cuts]:
+    """`{0: "dp"}` is said of all outputs; `{"output.logits": {0: "dp"}}` of one."""
+    if all(isinstance(value, Mapping) for value in output.values()):
+        return output
+    return {"": output}
+
+
+def _objections(subject: Subject, case: Case, steps: int) -> list[str]:
+    """What is wrong with a comparison, before a rank starts."""
+    said = []
+    if not isinstance(subject.inputs, list | tuple) or not subject.inputs:
+        return ["inputs: expected a list of what the module is called with, as in [torch.randn(4)]"]
+    for name, axes in (("data", subject.data), ("split", subject.split)):
+        said += [
+            f"{name}={{'{axis}': {dim}}}: the case has no axis '{axis}' (it has "
+            f"{', '.join(case.axes)})"
+            for axis, dim in axes.items()
+            if axis not in case.axes
+        ]
+    if steps > 1 and subject.optimizer is None:
+        said.append(f"steps={steps}: without an optimizer all steps are the same; give one")
+    if said:
+        return said
+    for where, x in leaves(list(subject.inputs), "inputs"):
+        said += _uneven(subject, case, where, x)
+    return said
+
+
+def _uneven(subject: Subject, case: Case, where: str, x: Tensor) -> list[str]:
+    said = []
+    for dim, axes in subject.cuts.items():
+        if x.ndim and not -x.ndim <= dim < x.ndim:
+            said.append(f"{where} has {x.ndim} dims, and no dim {dim} to cut")
+            continue
+        parts = torch.Size([case.axes[axis] for axis in axes]).numel()
+        if x.ndim and subject.loss is not None and x.shape[dim] % parts:
+            said.append(
+                f"{where}: {x.shape[dim]} in dim {dim} cannot be shared evenly by "
+                f"{' x '.join(axes)} = {parts}: a mean of the ranks' means is not the mean"
+            )
+    return said
+
+
+def _wrong_dtypes(dtypes: Sequence[str]) -> list[str]:
+    known = ", ".join(DTYPES)
+    wrong = [f"dtypes: '{name}' is none (known: {known})" for name in dtypes if name not in DTYPES]
+    return wrong or ([] if dtypes else [f"dtypes: expected at least one of {known}"])

@@ -1,0 +1,141 @@
+"""Where a piece of an activation lies, by its shape: a dim that is shorter is cut over an axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+Cuts = Mapping[int, str | Sequence[str]]  # dim of a tensor -> the axis it is cut over, or axes
+
+
+class Place(NamedTuple):
+    """A rank's part of a whole of `shape`: from `offset` on."""
+
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+
+class Axes(NamedTuple):
+    """The mesh as one rank sees it: the size of each axis, and its own coordinate."""
+
+    sizes: Mapping[str, int]
+    at: Mapping[str, int]
+
+
+class Unplaced(Exception):
+    """Why a piece has no place by its shape alone."""
+
+
+def share(length: int, parts: int, index: int, *, even: bool = False) -> tuple[int, int]:
+    """(start, length) of a part. As torch.chunk cuts: the last parts are shorter, or empty; `even`,
+    as torch.tensor_split does: the first ones are longer by one.
+    """
+    if even:
+        small, longer = divmod(length, parts)
+        return index * small + min(index, longer), small + (index < longer)
+    step = -(-length // parts)
+    start = min(index * step, length)
+    return start, min(step, length - start)
+
+
+def cut(place: Place, size: Sequence[int], cuts: Cuts, axes: Axes) -> tuple[int, ...]:
+    """The offset of a piece of `size`, if `cuts` say over which axes its dims are cut."""
+    offset = list(place.offset)
+    for dim, names in cuts.items():
+        found = _along(place.shape[dim], size[dim], _tuple(names), axes)
+        if found is None:
+            raise Unplaced(
+                f"dim {dim} of {place.shape[dim]} cut over {', '.join(_tuple(names))} is not "
+                f"{size[dim]} long on this rank"
+            )
+        offset[dim] = found
+    return tuple(offset)
+
+
+def by_shape(
+    shape: Sequence[int], size: Sequence[int], axes: Axes, first: Cuts | None = None
+) -> Place:
+    """The place of a piece of `size` in a whole of `shape`, both of as many dims.
+
+    `first` are cuts that explain a dim before any other does: those of the inputs. Raises Unplaced
+    where nothing explains a dim, or several axes do.
+    """
+    shape, size = tuple(shape), tuple(size)
+    if len(shape) != len(size):
+        raise Unplaced(f"it has {len(size)} dims, and the baseline's {len(shape)}")
+    cuts = {
+        dim: _cut_over(shape, size, dim, axes, (first or {}).get(dim))
+        for dim in range(len(shape))
+        if size[dim] != shape[dim]
+    }
+    place = Place(shape, (0,) * len(shape))
+    return Place(shape, cut(place, size, cuts, axes))
+
+
+def _cut_over(
+    shape: tuple[int, ...],
+    size: tuple[int, ...],
+    dim: int,
+    axes: Axes,
+    known: str | Sequence[str] | None,
+) -> tuple[str, ...]:
+    if known and _along(shape[dim], size[dim], _tuple(known), axes) is not None:
+        return _tuple(known)
+    names = [axis for axis, n in axes.sizes.items() if n > 1]
+    for count in range(1, len(names) + 1):
+        found = [
+            chosen
+            for chosen in permutations(names, count)
+            if _along(shape[dim], size[dim], chosen, axes) is not None
+        ]
+        if len({frozenset(chosen) for chosen in found}) > 1:
+            raise Unplaced(
+                f"dim {dim} of {shape[dim]} is {size[dim]} long here, and may be cut over "
+                f"{' or '.join(' x '.join(chosen) for chosen in found)}"
+            )
+        if found:
+            return found[0]
+    raise Unplaced(f"dim {dim} of {shape[dim]} is {size[dim]} long here, which no axis explains")
+
+
+def _along(whole: int, length: int, names: Sequence[str], axes: Axes) -> int | None:
+    """Where a part of this length starts, cut over these axes one after the other."""
+    for even in (False, True):
+        start, left = 0, whole
+        for axis in names:
+            inner, left = share(left, axes.sizes[axis], axes.at[axis], even=even)
+            start += inner
+        if left == length:
+            return start
+    return None
+
+
+def _tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def of_dtensor(tensor: DTensor) -> Place:
+    """By its placements; raises Unplaced for one whose parts are still to be summed."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh: DeviceMesh = tensor.device_mesh
+    partial = [axis for axis, p in enumerate(tensor.placements) if p.is_partial()]
+    if partial:
+        names = mesh.mesh_dim_names or ()
+        over = ", ".join(names[axis] if names else f"axis {axis} of its mesh" for axis in partial)
+        raise Unplaced(
+            f"it is a DTensor with a sum over {over} still to be made (Partial): end in "
+            ".redistribute(placements=...) or .full_tensor()"
+        )
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    return Place(tuple(tensor.shape), tuple(offset))
+
+
+def part(tensor: Tensor, place: Place, size: Sequence[int]) -> Tensor:
+    """The box of a whole that a rank's piece of `size` is."""
+    return tensor[tuple(slice(i, i + n) for i, n in zip(place.offset, size, strict=True))]

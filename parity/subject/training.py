@@ -1,0 +1,149 @@
+"""Steps of training, recorded: the same for both sides, but for where things lie."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from parity.case import Run
+from parity.modules import record_modules
+from parity.subject.alignment import Part, local
+from parity.subject.places import Places
+from parity.subject.placing import part
+from parity.subject.program import Program, Subject, leaves, states_of
+from parity.trace import Trace
+
+
+class Side(NamedTuple):
+    """One side of a comparison on one rank. `parts` are where a parameter lies, by its own name.
+
+    `times` is how often each rank's gradients are counted that the program will average over
+    ranks.
+    """
+
+    subject: Subject
+    run: Run
+    trace: Trace
+    program: Program
+    parts: Callable[[str], Sequence[Part]]
+    places: Places
+    times: int = 1
+
+
+def train(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> None:
+    """All steps of the run."""
+    program, run = side.program, side.run
+    if run.detail:
+        for name, p in program.trained.items():
+            _pieces(side, "parameter", "", name, p)
+    for step in range(run.steps):
+        for p in program.trained.values():
+            p.grad = None
+        with _modules(side) if run.detail and step == 0 else nullcontext():
+            outputs = _step(side, inputs, targets)
+        for name, y in leaves(outputs, "output"):
+            _whole_or_piece(side, "forward", name if step == 0 else f"{name}, step {step + 1}", y)
+        if step == 0:
+            _gradients(side, inputs)
+        if program.optimizer is not None:
+            program.optimizer.step()
+    if program.optimizer is not None:
+        _state(side)
+
+
+def _step(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> Any:
+    if side.program.step is not None:
+        return side.program.step(*inputs, *targets)
+    outputs = side.program.modules[0](*inputs)
+    if side.subject.loss is not None:
+        loss = side.subject.loss(outputs, *targets)
+        loss.backward()
+        return outputs
+    found = [
+        (name, y)
+        for name, y in leaves(outputs, "output")
+        if y.requires_grad and y.is_floating_point()
+    ]
+    torch.autograd.backward(
+        [y for _, y in found], [_cotangent(side, name, y) * side.times for name, y in found]
+    )
+    return outputs
+
+
+def _cotangent(side: Side, name: str, y: Tensor) -> Tensor:
+    """The gradient that an output is given: numbers without a pattern, the same on both sides."""
+    place = side.places.of("forward", name, y)
+    digest = hashlib.blake2b(name.encode(), digest_size=6).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    whole = torch.randn(place.shape, generator=generator, dtype=torch.float32)
+    whole = whole.to(side.subject.start).to(y.device, y.dtype)
+    piece = part(whole, place, local(y).shape)
+    if not isinstance(y, DTensor):
+        return piece
+    return DTensor.from_local(
+        piece, y.device_mesh, y.placements, run_check=False, shape=y.shape, stride=y.stride()
+    )
+
+
+def _gradients(side: Side, inputs: Sequence[Any]) -> None:
+    """Back to front, as the backward makes them. None is a zero, so that it is not overlooked."""
+    program = side.program
+    for name, p in reversed(program.trained.items()):
+        gradient = program.gradient(p)
+        if gradient is None and program.gradient is Program.gradient:
+            gradient = torch.zeros_like(p)
+        if gradient is not None and p.requires_grad:
+            _pieces(side, "gradient", "", name, _placed_as(gradient, p))
+    if side.subject.input_gradients:
+        for name, x in leaves(list(inputs), "input"):
+            if x.requires_grad:
+                gradient = torch.zeros_like(x) if x.grad is None else x.grad / side.times
+                _whole_or_piece(side, "gradient", name, gradient)
+                x.grad = None
+
+
+def _placed_as(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A DTensor's gradient may have parts that are still to be summed, as its optimizer does."""
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+        return gradient.redistribute(placements=parameter.placements)
+    return gradient
+
+
+def _state(side: Side) -> None:
+    for name, p in side.program.trained.items():
+        _pieces(side, "state", "", name, p)
+        for kind, value in states_of(side.program.optimizer, p).items():
+            _pieces(side, "state", f"{kind} of ", name, value)
+
+
+def _pieces(side: Side, check: str, prefix: str, name: str, tensor: Tensor) -> None:
+    """A parameter, or what is of its shape, as the boxes that it holds of the wholes."""
+    flat = local(tensor).detach().reshape(-1)
+    for whole in side.parts(name):
+        for offset, positions in whole.boxes:
+            box = flat[positions.to(flat.device)]
+            name = prefix + whole.whole
+            side.trace.add(check, name, box, shape=whole.shape, offset=offset, again=True)
+
+
+def _whole_or_piece(side: Side, check: str, name: str, tensor: Tensor) -> None:
+    place = side.places.of(check, name, tensor)
+    side.trace.add(check, name, local(tensor), shape=place.shape, offset=place.offset)
+
+
+def _modules(side: Side) -> ExitStack:
+    stack = ExitStack()
+    for i, module in enumerate(side.program.modules):
+        prefix = f"{i}." if len(side.program.modules) > 1 else ""
+
+        def rename(path: str, prefix: str = prefix) -> str | None:
+            return side.places.path_of(prefix + path)
+
+        stack.enter_context(record_modules(side.trace, module, side.places.of_seen, rename))
+    return stack
