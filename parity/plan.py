@@ -24,6 +24,7 @@ from parity.judge import Override
 from parity.launcher import Backend
 from parity.ledger import SIZE
 from parity.matrix_file import DTYPES, Matrix, Skip
+from parity.room import room
 
 
 class Packed(NamedTuple):
@@ -102,6 +103,7 @@ class Wish:
     seed: int | None = None
     thresh: float | None = None
     deadline: float | None = None
+    gpus: int | None = None  # how many there are; None: torch is asked
 
 
 def prepare(path: Path, wish: Wish) -> tuple[Plan, list[Skip]]:
@@ -153,32 +155,17 @@ def resolve(path: Target) -> Callable[..., Any]:
 
 
 def room_for(wish: Wish, most: int) -> tuple[str, int]:
-    """The device, and how many ranks fit: the visible GPUs, or as many processes as were asked, and
-    `most` where nothing was. Raises UsageError for a device that is not there, or a backend that
-    does not go with it.
-    """
-    device, room = _room(wish, most)
-    if problem := _wrong_backend(wish, device):
-        raise UsageError(problem)
-    return device, room
-
-
-def _room(wish: Wish, most: int) -> tuple[str, int]:
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    gpus = torch.cuda.device_count()
-    if wish.device == "cuda" and not gpus:
-        raise UsageError("--device cuda: no GPU is visible; use --device cpu")
-    wanted = wish.max_world or most
-    if wish.device == "cpu" or not gpus:
-        return "cpu", wanted
-    if wish.backend == "parity":  # through the host's memory, as many ranks as one likes per GPU
-        return "cuda", wanted
-    if wish.max_world and wish.max_world > gpus:
+    """The device, and how many ranks fit (room.py). Raises UsageError."""
+    gpus = wish.gpus
+    if gpus is None:
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        gpus = torch.cuda.device_count()
+    found = room(wish.device, wish.backend, wish.max_world, most, gpus)
+    if wish.ledger and wish.backend not in ("auto", "parity"):
         raise UsageError(
-            f"--max-world {wish.max_world}: {gpus} GPUs are visible; use --max-world {gpus}, "
-            "or --device cpu"
+            f"--ledger: {wish.backend} keeps none; leave --backend out, or choose parity"
         )
-    return "cuda", min(gpus, wanted)
+    return found
 
 
 _KIND = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -296,16 +283,6 @@ def backend_for(wish: Wish, device: str, deadline: float) -> Backend:
     # Real rings add in an order that depends on the buffer, and mistakes come to light by it.
     settings = Settings(ledger=SIZE if wish.ledger else 0, order="place")
     return Backend(name, device, deadline, settings)
-
-
-def _wrong_backend(wish: Wish, device: str) -> str:
-    if wish.backend == "nccl" and device != "cuda":
-        return "--backend nccl: it needs GPUs; use parity or gloo"
-    if wish.backend == "gloo" and device == "cuda":
-        return "--backend gloo: heeds no GPU here; use nccl, or parity, which passes by the host"
-    if wish.ledger and wish.backend not in ("auto", "parity"):
-        return f"--ledger: {wish.backend} keeps none; leave --backend out, or choose parity"
-    return ""
 
 
 def _baselines(matrix: Matrix) -> list[Baseline]:

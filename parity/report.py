@@ -53,9 +53,7 @@ class Report:
 
     @property
     def compared(self) -> tuple[int, int]:
-        """(tensors, elements), each counted once per run and baseline that it was held against."""
-        verdicts = [v for r in self.results for j in r.judged for v in j.verdicts]
-        return sum(v.elements > 0 for v in verdicts), sum(v.elements for v in verdicts)
+        return compared(self.results)
 
     @property
     def exit_code(self) -> int:
@@ -66,6 +64,12 @@ class Report:
         if "error" in statuses:
             return COULD_NOT_RUN
         return PASSED if self.compared[0] else USAGE
+
+
+def compared(results: Iterable[Result]) -> tuple[int, int]:
+    """(tensors, elements), each counted once per run and baseline that it was held against."""
+    verdicts = [v for r in results for j in r.judged for v in j.verdicts]
+    return sum(v.elements > 0 for v in verdicts), sum(v.elements for v in verdicts)
 
 
 def cell(judged: Iterable[Judged], check: str) -> Cell:
@@ -295,7 +299,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "seed": report.plan.seed,
         "options": dict(report.plan.options),
         "overrides": [o._asdict() for o in report.plan.overrides],
-        "cases": [_case_json(result) for result in report.results],
+        "cases": [case_json(result) for result in report.results],
         "skipped": [{**_id_json(s.case), "reason": s.reason} for s in report.skipped],
         "compared": {"tensors": tensors, "elements": elements},
         "seconds": report.seconds,
@@ -318,8 +322,9 @@ def _id_json(case: Case) -> dict[str, Any]:
     return {"id": case.id, "axes": dict(case.axes), "options": dict(case.options)}
 
 
-def _case_json(result: Result) -> dict[str, Any]:
-    return {
+def case_json(result: Result) -> dict[str, Any]:
+    """One case of the document, whatever ran it."""
+    found = {
         **_id_json(result.case),
         "status": result.status,
         "seconds": result.seconds,
@@ -339,6 +344,7 @@ def _case_json(result: Result) -> dict[str, Any]:
             if not v.good
         ],
     }
+    return {key: _finite(value) for key, value in found.items()}
 
 
 def _culprit_json(c: Culprit) -> dict[str, Any]:

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("heiretsu", "parity", "parity/backend", "parity/offline", "parity/subject")
+FOLDERS = (
+    "heiretsu",
+    "parity",
+    "parity/backend",
+    "parity/offline",
+    "parity/plugin",
+    "parity/subject",
+)
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 
 # A module imports from the rows above its own only; `backend` and the like are packages with rows
@@ -30,7 +37,7 @@ ROWS = {
     ],
     "parity": [
         ["errors", "case", "yaml_file", "arguments"],
-        ["cases"],
+        ["cases", "room"],
         ["backend"],
         ["rank", "warm", "ledger", "bounds", "matrix_file"],
         ["trace", "launcher", "mutants"],
@@ -44,10 +51,19 @@ ROWS = {
         ["mutate"],
         ["mutation_report"],
         ["offline", "subject"],
+        ["plugin"],
         ["cli", "__init__"],
         ["__main__"],
     ],
     "parity.offline": [
+        ["__init__"],
+    ],
+    "parity.plugin": [
+        ["forkserver", "gpus", "options", "row", "timeouts"],
+        ["summary", "shared"],
+        ["document", "github", "running"],
+        ["controller"],
+        ["matrices"],
         ["__init__"],
     ],
     "parity.subject": [
