@@ -38,10 +38,15 @@ class Combinations:
         ]
         return [case for case in every if self.when is None or self.when(case)]
 
-    def why_not(self, case: Case, room: int, of: str = "ranks") -> str:
-        """Why it cannot be run where there is room for so many ranks; empty if it can."""
-        most = room if self.max_world is None else min(room, self.max_world)
-        return f"it has {case.world} ranks, and there is room for {most} {of}" * (case.world > most)
+    def why_not(self, case: Case, room: int, of: str = "") -> str:
+        """Why it cannot be run where there is room for so many ranks (`of`: what kind of room);
+        empty if it can.
+        """
+        if case.world > room:
+            return f"it has {case.world} ranks, and there is room for {room}{of}"
+        if self.max_world is not None and case.world > self.max_world:
+            return f"it has {case.world} ranks, and the test allows {self.max_world} (max_world)"
+        return ""
 
 
 def matrix(
@@ -67,6 +72,13 @@ def matrix(
             raise ValueError(
                 f"parity.matrix: {axis}={list(sizes)}: sizes are different whole numbers from 1 up"
             )
+    for name, values in (options or {}).items():
+        if name in axes:
+            raise ValueError(f"parity.matrix: {name} is an axis, and cannot be an option too")
+        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+            raise TypeError(f"parity.matrix: options: {name} must be a list of values")
+        if len({repr(value) for value in values}) < len(values):
+            raise ValueError(f"parity.matrix: options: {name}={list(values)}: one is listed twice")
     combinations = Combinations(axes, dict(options or {}), max_world, when)
 
     def mark(test: F) -> F:

@@ -64,7 +64,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     parameters = []
     for case in cases:
         marks = [pytest.mark.parity(case=case)]
-        if reason := combinations.why_not(case, shared.ranks, shared.room_in_words):
+        if reason := combinations.why_not(case, shared.ranks, shared.kind_of_room):
             marks.append(pytest.mark.skip(reason=reason))
         parameters.append(pytest.param(case, id=case.id, marks=marks))
     metafunc.parametrize("case", parameters, indirect=True)

@@ -127,8 +127,8 @@ def read(config: pytest.Config) -> tuple[Options, list[str]]:
         said = [(f"{option.flag} {text}", text) for text in texts]
         try:
             said = said or [(f"{option.ini} = {t}", t) for t in _from_file(config, option)]
-        except (TypeError, ValueError) as error:
-            objections.append(f"{option.ini}: {error}")
+        except (TypeError, ValueError, pytest.UsageError):  # pytest reads numbers by itself
+            said = [(option.ini, "?")]
         found = []
         for written, text in said:
             try:

@@ -39,6 +39,7 @@ class Running:
     began: float
     generator: Tensor  # the state of torch's before
     results: list[Result] = field(default_factory=list)
+    has_case: bool = False
 
 
 RUNNING = pytest.StashKey[Running]()
@@ -85,7 +86,7 @@ def test_case(item: pytest.Item, case: Case) -> TestCase:
     usual, _ = how(shared.wish)
     backend = replace(usual.backend, deadline=deadline(item, usual.backend.deadline))
     made = TestCase(case, replace(usual, backend=backend, again=sharing.typed(item)), shared.kept)
-    running.results = made.results
+    running.results, running.has_case = made.results, True
     return made
 
 
@@ -93,6 +94,10 @@ def check_compared(item: pytest.Item) -> None:
     from parity.report import compared
 
     results = item.stash[RUNNING].results
+    if not results and not item.stash[RUNNING].has_case:
+        raise ComparedNothing(
+            "it compared nothing: its fixture `case` is another one: rename yours"
+        )
     if not results:
         raise ComparedNothing("it compared nothing: call case.check(...)")
     if not compared(results)[0]:

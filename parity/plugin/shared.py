@@ -60,8 +60,8 @@ class Shared:
         )
 
     @property
-    def room_in_words(self) -> str:
-        return "ranks, one on each visible GPU" if self.backend == "nccl" else "ranks"
+    def kind_of_room(self) -> str:
+        return ", one on each visible GPU" if self.backend == "nccl" else ""
 
 
 SHARED = pytest.StashKey[Shared]()

@@ -1,0 +1,31 @@
+"""Sessions of pytest inside tests: only our plugin, no GPU, and nothing of what surrounds us.
+
+A session in this process forgets the modules that it has loaded, and torch cannot be loaded twice:
+so it is loaded here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import parity.plugin
+from parity.subject import check
+
+LOADED = (parity.plugin, check)
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("PYTEST_", "GITHUB_")) or name in ("CI", "BUILD_NUMBER", "COLUMNS"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_PLUGINS", "parity.plugin")
+    # Of a session in this process, where the plugin is loaded already.
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-W ignore::pytest.PytestAssertRewriteWarning")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
