@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from parity.modules import record_modules
     from parity.ranks import world
     from parity.subject.check import Differs, TestCase
+    from parity.subject.layout import Layout, layout
     from parity.subject.program import Program
     from parity.trace import Trace
 
@@ -22,6 +23,7 @@ __all__ = [
     "Backend",
     "Case",
     "Differs",
+    "Layout",
     "ParityError",
     "Program",
     "RanksFailed",
@@ -31,6 +33,7 @@ __all__ = [
     "TraceError",
     "UsageError",
     "launch",
+    "layout",
     "matrix",
     "nudge",
     "record_modules",
@@ -48,6 +51,8 @@ _HOME = {
     "Program": "subject.program",
     "TestCase": "subject.check",
     "launch": "launcher",
+    "Layout": "subject.layout",
+    "layout": "subject.layout",
     "matrix": "cases",
     "Trace": "trace",
     "TraceError": "errors",

@@ -53,9 +53,9 @@ class Report:
 
     @property
     def compared(self) -> tuple[int, int]:
-        """(tensors, elements), each counted once per run and baseline that it was held against."""
-        verdicts = [v for r in self.results for j in r.judged for v in j.verdicts]
-        return sum(v.elements > 0 for v in verdicts), sum(v.elements for v in verdicts)
+        """(tensors, elements), of all cases."""
+        counts = [result.compared for result in self.results]
+        return sum(tensors for tensors, _ in counts), sum(elements for _, elements in counts)
 
     @property
     def exit_code(self) -> int:
@@ -191,6 +191,16 @@ def failure(result: Result, again: str, closer: str = "", *, verbose: bool = Fal
         bad = [(j, v) for j in result.judged for v in j.verdicts if not v.good]
         lines += [f"    {j.run.label} / {j.baseline}: {v.key}: {what_is_wrong(v)}" for j, v in bad]
     return "\n".join([*lines, *todo, *([f"  look closer: {closer}"] if closer else [])])
+
+
+def tensors(result: Result) -> list[str]:
+    """A line for every tensor of every run that was compared."""
+    return [
+        f"  {j.run.label}: {v.key}: {v.status}, {v.elements:,} elements, {v.copies} copies, "
+        f"relative error {v.error:.1e}, allowed {v.allowed:.1e}"
+        for j in result.judged
+        for v in j.verdicts
+    ]
 
 
 def what_is_wrong(v: Verdict) -> str:

@@ -50,6 +50,12 @@ class Result:
     unexplained: str = ""  # why it could not be
 
     @property
+    def compared(self) -> tuple[int, int]:
+        """(tensors, elements), each counted once per run and baseline that it was held against."""
+        verdicts = [v for j in self.judged for v in j.verdicts]
+        return sum(v.elements > 0 for v in verdicts), sum(v.elements for v in verdicts)
+
+    @property
     def first_divergence(self) -> tuple[Judged, Verdict] | None:
         """Where to look first: logic before precision, then the earliest record in the program."""
         bad = [

@@ -56,6 +56,7 @@ ROWS = {
         ["places"],
         ["training"],
         ["target"],
+        ["layout", "collect"],
         ["check"],
         ["__init__"],
     ],
@@ -140,6 +141,7 @@ def test_torch_distributed_is_spoken_to_in_few_places() -> None:
         "subject/places",
         "subject/training",
         "subject/target",  # makes the mesh
+        "subject/layout",  # speaks in placements
         "parity/mutants",  # knows the reductions by name
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from parity.baseline import Baselines
 from parity.case import Case, Run, Scalar
-from parity.errors import ParityError, UsageError
+from parity.errors import PARITY_FAILURE, ParityError, UsageError
 from parity.investigate import Investigator
 from parity.launcher import Backend
 from parity.matrix_file import DTYPES
@@ -22,6 +23,7 @@ from parity.plan import Baseline, Packed, Plan, Wish, backend_for, room_for
 from parity.report import failure
 from parity.run import Result, Session
 from parity.subject import target as sides
+from parity.subject.layout import Layout, layout_of
 from parity.subject.packing import pack
 from parity.subject.placing import Cuts
 from parity.subject.program import Subject, leaves
@@ -34,9 +36,11 @@ DEADLINE = 120.0  # seconds for a launch of a case
 class Differs(AssertionError):
     """A candidate is not the same function as its baseline. The text is the whole report."""
 
+    code = PARITY_FAILURE
+
 
 class CouldNotRun(ParityError):
-    """A case did not come to its end, so nothing is known of it."""
+    """A case did not come to its end, or compared nothing: nothing is known of it."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,35 @@ class TestCase:
         if result.status == "fail":
             raise Differs(failure(result, self.how.again))
         return result
+
+
+class LayoutCase(TestCase):
+    """In the place of a case where nothing is to be compared: asks where parameters lie."""
+
+    __test__ = False
+
+    def __init__(self, case: Case, how: How | None = None, kept: Kept | None = None) -> None:
+        super().__init__(case, how, kept)
+        self.layouts: list[Layout] = []
+
+    def _result(self, baseline: bytes, candidate: bytes, *_: Any) -> Result:
+        if not isinstance(pickle.loads(candidate), sides.Candidate):  # noqa: S301 (our own)
+            raise UsageError("case.compare: a whole program hands over its own places")
+        self.layouts.append(layout_of(candidate, self.case.axes, self.how.backend))
+        return Result(self.case, "pass", [], 0.0)
+
+
+def run(test: Callable[[Any], object], case: TestCase) -> Differs | ParityError | None:
+    """Call a test with its case; what it found. Its random numbers are the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case.how.seed)
+        try:
+            test(case)
+        except (Differs, ParityError) as found:
+            return found
+    if not isinstance(case, LayoutCase) and not sum(r.compared[0] for r in case.results):
+        return CouldNotRun(f"{case.id}: it compared nothing; call case.check(...)")
+    return None
 
 
 def _by_name(output: Mapping[Any, Any]) -> Mapping[str, Cuts]:
