@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -102,7 +103,8 @@ def _check(args: argparse.Namespace) -> int:
     code, compared, kept = PASSED, 0, checks.Kept()
     how, room = checks.how(_wish(args))
     for test, case in _cases(args, room):
-        again = f"parity check {args.test.partition(':')[0]}:{test.name} --case {case.id}"
+        name = f"{args.test.partition(':')[0]}:{test.name}"
+        again = shlex.join(["parity", "check", name, "--case", case.id])
         tested = checks.TestCase(case, replace(how, again=again), kept)
         found = checks.run(test.function, tested)
         for result in tested.results:

@@ -13,15 +13,17 @@ import multiprocessing as mp
 import os
 import pickle
 import signal
+import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch.distributed as dist
@@ -119,9 +121,23 @@ def _start(seat: rank_side.Seat, function: Callable[..., Any], args: tuple[Any, 
     process = context.Process(
         target=rank_side.main, args=(theirs, seat, function, args), name=f"parity rank {seat.rank}"
     )
-    process.start()
+    with _no_main() if function.__module__.startswith("parity.") else nullcontext():
+        process.start()
     theirs.close()
     return _Rank(seat.rank, process, ours, own)
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """Meanwhile the main program is not to be run again in new processes, which multiprocessing
+    does so that they find its functions: ours bring theirs along. A script needs no guard then.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _context() -> mp.context.ForkServerContext:

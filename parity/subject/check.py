@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -64,12 +66,13 @@ class Kept:
     """What baselines gave, for all cases that are held against the same one."""
 
     def __init__(self) -> None:
-        self._folder = TemporaryDirectory(prefix="parity-")
+        self._folder = tempfile.mkdtemp(prefix="parity-")
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._sessions: dict[str, tuple[Baselines, Investigator]] = {}
 
     def folder(self, data: bytes) -> str:
         """One for each comparison, for what its baseline tells its candidates."""
-        path = Path(self._folder.name) / hashlib.blake2b(data, digest_size=16).hexdigest()
+        path = Path(self._folder) / hashlib.blake2b(data, digest_size=16).hexdigest()
         path.mkdir(exist_ok=True)
         return str(path)
 

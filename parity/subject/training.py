@@ -47,14 +47,15 @@ def train(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> None:
             p.grad = None
         with _modules(side) if run.detail and step == 0 else nullcontext():
             outputs = _step(side, inputs, targets)
+        later = f"step {step + 1} of " if step else ""
         for name, y in leaves(outputs, "output"):
-            _whole_or_piece(side, "forward", name if step == 0 else f"{name}, step {step + 1}", y)
+            _whole_or_piece(side, "forward", later + name, y)
         if step == 0:
             _gradients(side, inputs)
         if program.optimizer is not None:
             program.optimizer.step()
-    if program.optimizer is not None:
-        _state(side)
+            if step in (0, run.steps - 1):
+                _state(side, later)
 
 
 def _step(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> Any:
@@ -115,11 +116,11 @@ def _placed_as(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient
 
 
-def _state(side: Side) -> None:
+def _state(side: Side, later: str) -> None:
     for name, p in side.program.trained.items():
-        _pieces(side, "state", "", name, p)
+        _pieces(side, "state", later, name, p)
         for kind, value in states_of(side.program.optimizer, p).items():
-            _pieces(side, "state", f"{kind} of ", name, value)
+            _pieces(side, "state", f"{later}{kind} of ", name, value)
 
 
 def _pieces(side: Side, check: str, prefix: str, name: str, tensor: Tensor) -> None:
