@@ -84,6 +84,11 @@ def factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
             yield from ((factor, *others) for others in factors(number // factor, count - 1))
 
 
+def grids(parts: int, dims: int) -> list[tuple[int, ...]]:
+    """How often each dimension may be cut: those that cut few dimensions first, and the first."""
+    return sorted(factors(parts, dims), key=lambda f: (sum(n > 1 for n in f), f[::-1]))
+
+
 def fitting(limits: Sequence[Sequence[int] | None], room: int) -> Iterator[tuple[int, ...]]:
     """All sizes of some axes with a product of at most `room`; None: an axis has no limit."""
     if not limits:

@@ -4,8 +4,7 @@ from parity import strategies as ps
 
 Whatever can be wrong in the arguments is a ValueError where a strategy is made, not where it draws.
 Every value that is promised can be drawn, and shrinks to the plainest one: one rank, equal shares,
-nothing masked. (`find` in the examples is hypothesis.find, which shrinks.) Only `valid_masks` and
-`exact_tensors` need torch, and load it when they draw.
+nothing masked (`find` in the examples is hypothesis.find). Only tensors load torch, when drawn.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ def topologies(
 ) -> st.SearchStrategy[Case]:
     """Cases of `min_world` to `max_world` ranks; `tp=[1, 2, 4]` or `pp=1` limits an axis.
 
-    Each that fits is drawn as often as any other. Shrinks to the fewest ranks, then as
-    `parity list` sorts them: by the size of the first axis, the largest first.
+    Each that fits can be drawn, and large ones often are. Every axis shrinks by itself.
 
     >>> find(topologies(), lambda case: True).id
     'dp1-tp1-pp1'
@@ -67,18 +65,28 @@ def topologies(
     if not rows:
         said = ", ".join(f"{name}={sizes[name]}" for name in sizes)
         raise ValueError(f"no topology of {min_world} to {max_world} ranks has {said}")
-    rows.sort(key=lambda row: (prod(row), [-n for n in row]))
-    cases = st.sampled_from(rows)
-    return _made(cases, lambda row: Case(dict(zip(names, row, strict=True))))
+    return _topologies(names, rows)
+
+
+@st.composite
+def _topologies(draw: st.DrawFn, names: list[str], rows: list[tuple[int, ...]]) -> Case:
+    # Any axis may be drawn first and have the most room; in the simplest order that is the last.
+    # As many choices for each topology (hence the remainder), so that one can shrink to another.
+    most = [len(set(sizes)) for sizes in zip(*rows, strict=True)]
+    for axis in reversed(draw(st.permutations(range(len(names))))):
+        fitting = sorted({row[axis] for row in rows})
+        size = fitting[draw(st.integers(0, most[axis] - 1)) % len(fitting)]
+        rows = [row for row in rows if row[axis] == size]
+    return Case(dict(zip(names, rows[0], strict=True)))
 
 
 def _sizes(name: str, sizes: int | Iterable[int]) -> list[int]:
-    found = [sizes] if isinstance(sizes, int) else sorted(set(sizes))
+    found = {sizes} if isinstance(sizes, int) else set(sizes)
     if not found:
         raise ValueError(f"{name} has nothing to choose from")
     for size in found:
         _whole(name, size, 1)
-    return found
+    return sorted(found)
 
 
 def even(parts: int, *, min_size: int = 1, max_size: int | None = None) -> st.SearchStrategy[int]:
@@ -87,9 +95,7 @@ def even(parts: int, *, min_size: int = 1, max_size: int | None = None) -> st.Se
     >>> find(even(3), lambda size: size > 6)
     9
     """
-    return st.sampled_from(
-        [n for n in _bounded(parts, min_size, max_size, "even") if not n % parts]
-    )
+    return st.sampled_from(_bounded("even", parts, min_size, max_size))
 
 
 def uneven(parts: int, *, min_size: int = 1, max_size: int | None = None) -> st.SearchStrategy[int]:
@@ -99,16 +105,16 @@ def uneven(parts: int, *, min_size: int = 1, max_size: int | None = None) -> st.
     >>> find(uneven(3), lambda size: True), find(uneven(3, min_size=3), lambda size: True)
     (1, 4)
     """
-    return st.sampled_from([n for n in _bounded(parts, min_size, max_size, "uneven") if n % parts])
+    return st.sampled_from(_bounded("uneven", parts, min_size, max_size))
 
 
-def _bounded(parts: int, low: int, high: int | None, kind: str) -> range:
+def _bounded(kind: str, parts: int, low: int, high: int | None) -> list[int]:
     _whole("parts", parts, 1)
     _whole("min_size", low, 0)
     high = max(16, 4 * parts) if high is None else high
-    sizes = range(low, high + 1)
-    if not any((n % parts == 0) == (kind == "even") for n in sizes):
-        hint = "; limit the axis to sizes from 2 on" if parts == 1 else ""
+    sizes = [n for n in range(low, high + 1) if (n % parts == 0) == (kind == "even")]
+    if not sizes:
+        hint = "; limit the axis to sizes from 2 on" if parts == 1 and kind == "uneven" else ""
         raise ValueError(f"no size from {low} to {high} is {kind} over {parts}{hint}")
     return sizes
 
@@ -136,15 +142,15 @@ def shares(size: int, parts: int, *, min_share: int = 0) -> st.SearchStrategy[tu
     _whole("size", size, 0)
     _whole("parts", parts, 1)
     _whole("min_share", min_share, 0)
-    spare = size - parts * min_share
-    if spare < 0:
+    if (spare := size - parts * min_share) < 0:
         raise ValueError(f"{size} does not give each of {parts} parts {min_share}")
     start = cutting.tensor_split(size, parts)
-    if parts == 1 or not spare:
+    if parts == 1:
         return st.just(start)
     # So many moves lead to any shares: each can make one part what it is to be, the last one two.
+    # They are drawn even where nothing can move, so that other sizes can shrink to these.
     ranks = st.integers(0, parts - 1)
-    move = st.tuples(ranks, st.integers(1, parts - 1), st.integers(1, spare))
+    move = st.tuples(ranks, st.integers(1, parts - 1), st.integers(1, max(1, spare)))
     moves = st.lists(move, max_size=parts - 1)
     return _made(moves, lambda steps: cutting.moved(start, min_share, steps))
 
@@ -160,8 +166,7 @@ def microbatch_splits(
     """The rows of each microbatch, by dp rank. All ranks have as many microbatches, as a pipeline
     needs it: one of `micro_batches`.
 
-    `equal`: all microbatches have as many rows. Else that is the simplest case. `min_rows=0` lets
-    some have none.
+    `equal`: all have as many rows; else that is the simplest case. `min_rows=0`: some have none.
 
     >>> find(microbatch_splits(8, dp=2), lambda split: len(split[0]) == 2)
     ((2, 2), (2, 2))
@@ -178,9 +183,8 @@ def microbatch_splits(
     ]
     if not counts:
         least = "as many rows" if equal else f"at least {min_rows} rows"
-        raise ValueError(
-            f"{rows} rows over dp={dp} do not give each of {micro_batches} microbatches {least}"
-        )
+        which = f"each of {micro_batches} microbatches"
+        raise ValueError(f"{rows} rows over dp={dp} do not give {which} {least}")
     return _microbatch_splits(rows, dp, counts, equal, min_rows)
 
 
@@ -227,8 +231,8 @@ def _valid_masks(
 ) -> Tensor:
     import torch
 
-    # A bit that is set is a token that is not valid: the simplest row is full. Any kind of row takes
-    # as many choices as the simplest kind, so that it can shrink to that.
+    # A bit that is set is a token that is not valid: the simplest row is full. All kinds of rows
+    # take as many choices as the simplest kind, so that they can shrink to that.
     every = 2**length - 1
     row = st.tuples(st.integers(0, 5), st.integers(0, every))
     drawn = draw(st.lists(row, min_size=rows, max_size=rows))
@@ -310,7 +314,7 @@ def cuts(
         raise ValueError(f"a tensor is cut by some of {', '.join(HOWS)}, not by {how}")
     free = range(len(shape)) if dims is None else {_dim(dim, len(shape)) for dim in dims}
     grids = []
-    for counts in sorted(cutting.factors(parts, len(shape)), key=_plainness):
+    for counts in cutting.grids(parts, len(shape)):
         ways = [_ways(*side, hows, empty) for side in zip(shape, counts, strict=True)]
         if all(ways) and all(n == 1 or dim in free for dim, n in enumerate(counts)):
             grids.append(st.tuples(*map(st.one_of, ways)))
@@ -325,11 +329,6 @@ def _dim(dim: int, rank: int) -> int:
     if not -rank <= dim < rank:
         raise ValueError(f"there is no dimension {dim} of {rank}")
     return dim % rank
-
-
-def _plainness(counts: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """A cut of few dimensions is plainer, and of the first ones."""
-    return sum(n > 1 for n in counts), counts[::-1]
 
 
 def _ways(
@@ -382,12 +381,9 @@ def groupings(
 
 
 def _groups(world: int, size: int) -> st.SearchStrategy[tuple[tuple[int, ...], ...]]:
-    apart = [
-        rank for first in range(world // size) for rank in range(world)[first :: world // size]
-    ]
-    orders = st.one_of(
-        st.just(list(range(world))), st.just(apart), st.permutations(list(range(world)))
-    )
+    ranks, count = list(range(world)), world // size
+    apart = [rank for first in range(count) for rank in ranks[first::count]]
+    orders = st.one_of(st.just(ranks), st.just(apart), st.permutations(ranks))
     starts = range(0, world, size)
     return _made(orders, lambda order: tuple(tuple(order[i : i + size]) for i in starts))
 
