@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from parity import strategies as strategies
     from parity.bounds import nudge
     from parity.case import Case, Run
     from parity.cases import matrix
@@ -64,6 +65,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "strategies":  # not in __all__: it needs hypothesis, which is optional
+        return import_module("parity.strategies")
     if name in _HOME:
         return getattr(import_module(f"parity.{_HOME[name]}"), name)
     raise AttributeError(f"module 'parity' has no attribute '{name}'")

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,10 @@ ROWS = {
         ["__main__"],
     ],
     "parity": [
-        ["errors", "case", "yaml_file", "arguments"],
+        ["errors", "case", "cutting", "yaml_file", "arguments"],
         ["cases"],
         ["backend"],
-        ["rank", "warm", "ledger", "bounds", "matrix_file"],
+        ["rank", "warm", "ledger", "bounds", "matrix_file", "strategies"],
         ["trace", "launcher", "mutants"],
         ["whole", "ranks", "script", "modules", "evidence"],
         ["judge", "wording"],
@@ -182,12 +183,24 @@ def test_asking_for_help_is_quick_because_it_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["heiretsu.mesh", "heiretsu.layout", "heiretsu.schedule", "parity.case"]
+    "module",
+    [
+        "heiretsu.mesh",
+        "heiretsu.layout",
+        "heiretsu.schedule",
+        "parity.case",
+        "parity.cutting",
+        "parity.strategies",
+    ],
 )
 def test_the_examples_in_docstrings_are_true(module: str) -> None:
     import doctest
     import importlib
 
-    result = doctest.testmod(importlib.import_module(module))
+    from hypothesis import find, settings
+
+    # `find` would replay what it found for another example: the lambdas of examples look all alike.
+    fresh = partial(find, settings=settings(database=None, max_examples=2000))
+    result = doctest.testmod(importlib.import_module(module), extraglobs={"find": fresh})
     assert result.attempted > 0
     assert result.failed == 0

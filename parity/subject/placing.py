@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from parity.cutting import chunk, spans, tensor_split
+
 Cuts = Mapping[int, str | Sequence[str]]  # dim of a tensor -> the axis it is cut over, or axes
 
 
@@ -32,15 +34,9 @@ class Unplaced(Exception):
 
 
 def share(length: int, parts: int, index: int, *, even: bool = False) -> tuple[int, int]:
-    """(start, length) of a part. As torch.chunk cuts: the last parts are shorter, or empty; `even`,
-    as torch.tensor_split does: the first ones are longer by one.
-    """
-    if even:
-        small, longer = divmod(length, parts)
-        return index * small + min(index, longer), small + (index < longer)
-    step = -(-length // parts)
-    start = min(index * step, length)
-    return start, min(step, length - start)
+    """(start, length) of a part, as torch.chunk cuts, or with `even` as torch.tensor_split does."""
+    span = spans((tensor_split if even else chunk)(length, parts))[index]
+    return span.start, len(span)
 
 
 def cut(place: Place, size: Sequence[int], cuts: Cuts, axes: Axes) -> tuple[int, ...]:
