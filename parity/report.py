@@ -250,8 +250,13 @@ def _counts(report: Report) -> str:
 
 def _caveats(report: Report, judged: Sequence[Judged]) -> list[str]:
     """What a green run does not say."""
+    idle = {r.case.id: ", ".join(r.idle) for r in report.results if r.idle}
+    said = [
+        f"nothing is cut over {axes}: {case}, and so on, tests no more than one rank of it"
+        for case, axes in list(idle.items())[:1]
+    ]
     if LOGIC not in report.plan.dtypes:
-        return [f"logic was not judged: {LOGIC} is not among the dtypes"]
+        return [*said, f"logic was not judged: {LOGIC} is not among the dtypes"]
     loose = {
         v.key: v.allowed
         for j in judged
@@ -259,11 +264,12 @@ def _caveats(report: Report, judged: Sequence[Judged]) -> list[str]:
         if j.run.dtype == LOGIC and v.allowed > LOOSE
     }
     if not loose:
-        return []
+        return said
     worst = max(loose, key=lambda key: loose[key])
     return [
+        *said,
         f"hardly judged, since rounding alone moves them that far: {len(loose)} tensors, such as "
-        f"{worst} (a relative error of {loose[worst]:.1e} would pass)"
+        f"{worst} (a relative error of {loose[worst]:.1e} would pass)",
     ]
 
 

@@ -216,6 +216,13 @@ class TestCase:
             raise CouldNotRun(failure(result, self.how.again))
         if result.status == "fail":
             raise Differs(failure(result, self.how.again))
+        if result.idle:
+            axes = ", ".join(result.idle)
+            raise UsageError(
+                f"{self.id}: no input, parameter or output is cut over {axes}: its ranks all do "
+                "the same, and would without a word to each other; cut the inputs, as in "
+                f"data={{'{result.idle[0]}': 0}}, or leave {axes} out"
+            )
         return result
 
 

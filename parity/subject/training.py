@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parity.case import Run
+from parity.errors import TraceError
 from parity.modules import record_modules
 from parity.subject.alignment import Part, local
 from parity.subject.places import Places
@@ -47,6 +48,8 @@ def train(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> None:
             p.grad = None
         with _modules(side) if run.detail and step == 0 else nullcontext():
             outputs = _step(side, inputs, targets)
+        if program.step is None and not list(leaves(outputs, "output")):
+            raise TraceError(f"the module put out {type(outputs).__name__}, and no tensor")
         later = f"step {step + 1} of " if step else ""
         for name, y in leaves(outputs, "output"):
             _whole_or_piece(side, "forward", later + name, y)
@@ -99,7 +102,8 @@ def _gradients(side: Side, inputs: Sequence[Any]) -> None:
         gradient = program.gradient(p)
         if gradient is None and program.gradient is Program.gradient:
             gradient = torch.zeros_like(p)
-        if gradient is not None and p.requires_grad:
+        # One that the baseline trains and the candidate does not has a gradient of zero.
+        if gradient is not None and (p.requires_grad or _is_trained(side, name)):
             _pieces(side, "gradient", "", name, _placed_as(gradient, p))
     if side.subject.input_gradients:
         for name, x in leaves(list(inputs), "input"):
@@ -107,6 +111,11 @@ def _gradients(side: Side, inputs: Sequence[Any]) -> None:
                 gradient = torch.zeros_like(x) if x.grad is None else x.grad / side.times
                 _whole_or_piece(side, "gradient", name, gradient)
                 x.grad = None
+
+
+def _is_trained(side: Side, name: str) -> bool:
+    shapes = side.places.shapes or {}
+    return any(("gradient", part.whole) in shapes for part in side.parts(name))
 
 
 def _placed_as(gradient: Tensor, parameter: Tensor) -> Tensor:
