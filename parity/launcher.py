@@ -236,7 +236,7 @@ def _failure(ranks: list[_Rank], backend: Backend) -> RanksFailed:
     late = first in ("is", "waits")
     head = f"not done after {backend.deadline:g} s, the deadline; " if late else ""
     who = _who(found)
-    spoken = [(who[r.number], o) for r, o in found if r.number in who]
+    spoken = [(who.pop(r.number), o) for r, o in found if r.number in who]
     lines = [f"{'' if i else head}{name} {o.summary}" for i, (name, o) in enumerate(spoken)]
     if found[0][1].detail and not late:
         lines[1:1] = [f"    {line}" for line in found[0][1].detail.rstrip().splitlines()]
@@ -250,12 +250,12 @@ def _who(found: Sequence[tuple[_Rank, rank_side.Outcome]]) -> dict[int, str]:
     """By the first rank of those who say the same of each other: their names together."""
     said: dict[tuple[str, str], list[int]] = {}
     for r, outcome in found:
-        alone = "" if outcome.kind == "raised" and outcome.detail else str(r.number)
+        alone = "" if outcome.kind == "raised" else str(r.number)
         said.setdefault((outcome.summary + alone, outcome.detail), []).append(r.number)
     return {
         ranks[0]: f"rank {ranks[0]}"
-        if len(ranks) == 1
-        else f"ranks {', '.join(map(str, sorted(ranks)))}"
+        if len(set(ranks)) == 1
+        else f"ranks {', '.join(map(str, sorted(set(ranks))))}"
         for ranks in said.values()
     }
 

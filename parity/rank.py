@@ -156,7 +156,20 @@ def _outcome_of(error: BaseException) -> Outcome:
 
 
 def _stack(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))
+    """Where it was raised, without the frames that are ours; empty if there are no others, and
+    parity has said what is wrong.
+    """
+    from parity.errors import ParityError
+
+    told = traceback.TracebackException.from_exception(error)
+    frames = [frame for frame in told.stack if Path(frame.filename).parent not in _OWN]
+    if not frames and isinstance(error, ParityError):
+        return ""
+    told.stack = traceback.StackSummary.from_list(frames or told.stack)
+    return "".join(told.format())
+
+
+_OWN = (Path(__file__).parent, Path(__file__).parent / "subject")
 
 
 def _leave(code: int) -> NoReturn:

@@ -259,6 +259,35 @@ def test_mistakes_of_the_user_are_told_before_a_rank_starts(case: Callable[..., 
     )
 
 
+class Clumsy(ParallelMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.up
+
+
+def test_where_a_candidate_raises_is_told_without_our_frames(case: Callable[..., TestCase]) -> None:
+    with pytest.raises(CouldNotRun) as caught:
+        case(tp=2).check(mlp, lambda full, mesh: Clumsy(full, mesh["tp"]), [torch.randn(3, 8)])
+    text = str(caught.value)
+    assert "ranks 0, 1 raised: RuntimeError: mat1 and mat2 shapes cannot be multiplied" in text
+    assert "test_check.py" in text
+    assert "training.py" not in text
+    assert "rank.py" not in text
+
+
+def test_a_baseline_that_raises_is_told_once(case: Callable[..., TestCase]) -> None:
+    def baseline() -> nn.Module:
+        raise ZeroDivisionError("nothing to divide by")
+
+    with pytest.raises(parity.ParityError) as caught:
+        case(tp=2).check(baseline, ddp, [torch.randn(3, 8)])
+    lines = str(caught.value).splitlines()
+    assert lines[:2] == [
+        "the baseline 'baseline' could not be run",
+        "rank 0 raised: ZeroDivisionError: nothing to divide by",
+    ]
+    assert sum("ZeroDivisionError" in line for line in lines) == 2  # and below its place
+
+
 def test_dropout_is_refused(case: Callable[..., TestCase]) -> None:
     def baseline() -> nn.Module:
         return nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
