@@ -30,7 +30,7 @@ ROWS = {
     ],
     "parity": [
         ["errors", "case", "yaml_file", "arguments"],
-        ["backend"],
+        ["backend", "slots", "forkserver"],
         ["rank", "warm", "ledger", "bounds", "matrix_file"],
         ["trace", "launcher", "mutants"],
         ["whole", "ranks", "script", "modules", "evidence"],
