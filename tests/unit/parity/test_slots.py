@@ -249,7 +249,7 @@ def who_has(names: str, folder: str) -> list[int]:
 
 def test_a_rank_that_launches_does_not_wait_for_its_own_launch() -> None:
     world = len(slots.cores())
-    backend = launcher.Backend(deadline=60)
+    backend = launcher.Backend(deadline=40)
     total = sum(range(world))
     inner = [(i, world, total) for i in range(world)]
     found = launch(launch_again, world, backend=backend)
@@ -260,12 +260,17 @@ def launch_again() -> list[object]:
     return [] if dist.get_rank() else launch(targets.add_up, len(slots.cores()), 0)
 
 
-def test_what_is_started_by_who_has_slots_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_started_by_who_has_slots_takes_none(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setenv(INSIDE, "17")
+    with slots.hold("cpu", 1) as inner:
+        assert inner == {INSIDE: "17"}
+        assert not folder.exists()
+    monkeypatch.delenv(INSIDE)
     with slots.hold("cpu", 1) as outer:
         assert outer == {INSIDE: str(os.getpid())}
-    monkeypatch.setenv(INSIDE, "17")
-    with slots.take(slots.cores(), len(slots.cores())), slots.hold("cpu", 1) as inner:
-        assert inner == {INSIDE: "17"}
+        assert folder.exists()
 
 
 def test_waiting_for_slots_is_none_of_the_deadlines_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,6 +397,34 @@ def test_no_gpu_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
         slots.hold("cuda", 1),
     ):
         pass
+
+
+class Enough(Exception):
+    """So much of a launch is to be seen, and no more."""
+
+
+def test_groups_side_by_side_have_places_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seats: list[rank.Seat] = []
+
+    def start(seat: rank.Seat, *_: object) -> None:
+        seats.append(seat)
+        if len(seats) == 4:
+            raise Enough
+
+    monkeypatch.setattr(launcher, "_start", start)
+    monkeypatch.setattr(launcher, "_end", lambda _: None)
+    with pytest.raises(Enough):
+        launcher.launch_groups(targets.add_up, 2, [(1,), (2,)])
+    assert [(seat.rank, seat.place) for seat in seats] == [(0, 0), (1, 1), (0, 2), (1, 3)]
+    with monkeypatch.context() as patched:
+
+        def gpu(place: int) -> None:
+            assert place == 3
+            raise Enough
+
+        patched.setattr(rank, "_gpu", gpu)
+        with pytest.raises(Enough):
+            rank._call(seats[3]._replace(device="cuda"), targets.add_up, (1,))
 
 
 @pytest.mark.usefixtures("three_gpus")
