@@ -1,15 +1,14 @@
 """Run a function on n fresh ranks of this host, and say what became of each.
 
-One fork server with torch loaded starts them (parity.warm), so a rank costs milliseconds, shares
-nothing with the rank before it, and a crash stays its own. The parent supervises: any rank's
-exception with the rank's name, the signal that ended one, and on the deadline each rank's Python
-stack. Whatever happens, no rank outlives the call; and should the parent itself be killed, the
-kernel ends the ranks.
+One fork server with torch loaded starts them (parity.forkserver), so a rank costs milliseconds,
+shares nothing with the rank before it, and a crash stays its own. A launch waits until there are
+cores, or GPUs, for it (parity.slots). The parent supervises: any rank's exception with the rank's
+name, the signal that ended one, and on the deadline each rank's Python stack. Whatever happens, no
+rank outlives the call; and should the parent itself be killed, the kernel ends the ranks.
 """
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import pickle
 import signal
@@ -28,6 +27,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from parity import forkserver, slots
 from parity import rank as rank_side
 from parity.backend.settings import Settings
 from parity.errors import RanksFailed
@@ -86,23 +86,26 @@ def launch_groups(
     called with its rank, joins the group by itself, and prints where this process does.
     """
     backend = backend or Backend()
-    with tempfile.TemporaryDirectory(prefix="parity-") as name:
+    needs = slots.hold(backend.device, world, len(groups), alone=backend.name == "nccl")
+    # Waiting for slots is none of the deadline's time, and leaves nothing behind if it is ended.
+    with needs as environment, tempfile.TemporaryDirectory(prefix="parity-") as name:
         ranks: list[_Rank] = []
         try:
-            for index, args in enumerate(groups):
-                folder = Path(name) / f"group{index}"
-                for number in range(world):
-                    seat = rank_side.Seat(
-                        number,
-                        world,
-                        backend.name,
-                        backend.device,
-                        backend.deadline,
-                        str(folder),
-                        backend.settings,
-                        is_script,
-                    )
-                    ranks.append(_start(seat, function, args))
+            for place in range(len(groups) * world):
+                group, number = divmod(place, world)
+                seat = rank_side.Seat(
+                    number,
+                    world,
+                    backend.name,
+                    backend.device,
+                    backend.deadline,
+                    str(Path(name) / f"group{group}"),
+                    backend.settings,
+                    environment,
+                    place,
+                    is_script,
+                )
+                ranks.append(_start(seat, function, groups[group]))
             _supervise(ranks, time.monotonic() + backend.deadline)
             outcomes = [r.outcome for r in ranks if r.outcome is not None]
             if any(outcome.kind != "returned" for outcome in outcomes):
@@ -114,7 +117,7 @@ def launch_groups(
 
 
 def _start(seat: rank_side.Seat, function: Callable[..., Any], args: tuple[Any, ...]) -> _Rank:
-    context = _context()
+    context = forkserver.context()
     own = Path(seat.folder) / f"rank{seat.rank}"
     own.mkdir(parents=True)
     ours, theirs = context.Pipe(duplex=False)
@@ -138,15 +141,6 @@ def _no_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-def _context() -> mp.context.ForkServerContext:
-    """The fork server is started by the first rank and serves all launches of this process."""
-    # Counting GPUs must not open CUDA before a fork: ask the driver's library instead.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["parity.warm"])
-    return context
 
 
 def _supervise(ranks: list[_Rank], deadline: float) -> None:

@@ -32,7 +32,7 @@ ROWS = {
     "parity": [
         ["errors", "case", "cutting", "yaml_file", "arguments"],
         ["cases"],
-        ["backend"],
+        ["backend", "slots", "forkserver"],
         ["rank", "warm", "ledger", "bounds", "matrix_file", "strategies"],
         ["trace", "launcher", "mutants"],
         ["whole", "ranks", "script", "modules", "evidence"],
