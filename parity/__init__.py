@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from parity import strategies as strategies
     from parity.bounds import nudge
     from parity.case import Case, Run
     from parity.cases import matrix
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from parity.modules import record_modules
     from parity.ranks import world
     from parity.subject.check import Differs, TestCase
+    from parity.subject.layout import Layout, layout
     from parity.subject.program import Program
     from parity.trace import Trace
 
@@ -22,6 +24,7 @@ __all__ = [
     "Backend",
     "Case",
     "Differs",
+    "Layout",
     "ParityError",
     "Program",
     "RanksFailed",
@@ -31,6 +34,7 @@ __all__ = [
     "TraceError",
     "UsageError",
     "launch",
+    "layout",
     "matrix",
     "nudge",
     "record_modules",
@@ -48,6 +52,8 @@ _HOME = {
     "Program": "subject.program",
     "TestCase": "subject.check",
     "launch": "launcher",
+    "Layout": "subject.layout",
+    "layout": "subject.layout",
     "matrix": "cases",
     "Trace": "trace",
     "TraceError": "errors",
@@ -59,6 +65,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "strategies":  # not in __all__: it needs hypothesis, which is optional
+        return import_module("parity.strategies")
     if name in _HOME:
         return getattr(import_module(f"parity.{_HOME[name]}"), name)
     raise AttributeError(f"module 'parity' has no attribute '{name}'")

@@ -56,7 +56,26 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_choice(mutate)
     _add_mutants(mutate)
+    check = commands.add_parser(
+        "check", help="run tests that @parity.matrix marks, without pytest", epilog=EXIT_CODES
+    )
+    layout = commands.add_parser(
+        "layout", help="where the parameters of each rank lie in the baseline's, by their values"
+    )
+    for command in (check, layout):
+        _add_tests(command)
+    check.add_argument("-v", "--verbose", action="store_true", help="print every tensor compared")
+    _add_backend(check)
+    _add_limits(check)
     return top
+
+
+def _add_tests(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("test", help="as in my_module:test_mlp, or tests/test_mlp.py; without a name all of it")
+    add("--case", action="append", default=[], metavar="ID", help="as in dp2-tp2, or with *")
+    add("--max-world", type=_positive, metavar="N", help="no case with more ranks than this")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
 
 def _add_choice(command: argparse.ArgumentParser) -> None:
@@ -88,9 +107,14 @@ def _add_mutants(command: argparse.ArgumentParser) -> None:
 
 def _add_bounds(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--dtype", action="append", metavar="DTYPE", help="instead of the matrix's; repeatable")
-    add("--seed", type=int, metavar="N", help="of data and parameters, or of what soak draws")
     add("--thresh", type=_above_zero, metavar="X", help="allow a relative error of X everywhere")
+    _add_limits(command)
+
+
+def _add_limits(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--dtype", action="append", metavar="DTYPE", help="instead of the given ones; repeatable")
+    add("--seed", type=int, metavar="N", help="of data and parameters, or of what soak draws")
     add("--deadline", type=_above_zero, metavar="S", help="seconds that a case may take")
 
 

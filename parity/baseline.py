@@ -17,11 +17,12 @@ from parity.case import Case
 from parity.errors import ParityError, RanksFailed, TraceError
 from parity.judge import LOGIC
 from parity.plan import Baseline, Plan
-from parity.trace import DETAILS, Key, Recording
+from parity.trace import CHECKS, DETAILS, Key, Recording
 from parity.tracing import record
 from parity.whole import join, on_one_thread, same_bits
 
 Wholes = dict[Key, Tensor]
+FAR = 0.25  # rounding of bfloat16 through a deep model stays well below
 
 
 class BaselineFailed(ParityError):
@@ -67,6 +68,8 @@ class Baselines:
                 }
                 if dtype == LOGIC:
                     self._check_noise(first.name, expected)
+                else:
+                    _check_precision(name, dtype, expected)
                 self._expected[name, dtype, _options_id(case)] = expected
 
     def _check_noise(self, name: str, expected: dict[Key, Expected]) -> None:
@@ -104,6 +107,18 @@ class Baselines:
             text = f"the baseline '{baseline.name}' could not be run"
             raise BaselineFailed(f"{text}\n{error}") from error
         return dict(zip(keys, wholes, strict=True))
+
+
+def _check_precision(name: str, dtype: str, expected: dict[Key, Expected]) -> None:
+    """A baseline that starts from other values in each dtype would excuse every candidate."""
+    outputs = [e for key, e in expected.items() if key.check == CHECKS[0]]
+    far = min((e.total / e.scale for e in outputs), default=0.0)
+    if far > FAR:
+        raise TraceError(
+            f"the baseline '{name}' is off by {far:.1e} of its size in {dtype}, from what it is in "
+            f"{LOGIC}: that is no rounding; draw its initial values and data in one dtype, and "
+            "cast them to that of the run"
+        )
 
 
 def _sound(name: str, recording: Recording) -> Wholes:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +27,11 @@ from parity.errors import (
 )
 
 if TYPE_CHECKING:
+    from parity.case import Case
     from parity.matrix_file import Skip
     from parity.plan import Plan, Wish
     from parity.report import Report
+    from parity.subject.collect import Test
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT and SIGPIPE, as shells report them
 
@@ -68,7 +73,7 @@ def _wish(args: argparse.Namespace) -> Wish:
         device=args.device,
         backend=given.get("backend", "parity"),
         ledger=bool(given.get("ledger")),
-        settings=args.set,
+        settings=given.get("set") or (),
         dtypes=given.get("dtype") or (),
         steps=given.get("steps"),
         seed=given.get("seed"),
@@ -88,6 +93,62 @@ def _list(args: argparse.Namespace) -> int:
         print(f"{skip.case.id:<16} skipped: {skip.reason}")
     print(f"{len(cases)} cases, {len(skipped)} skipped")
     return PASSED if cases else USAGE
+
+
+def _check(args: argparse.Namespace) -> int:
+    """Every case of the tests; those that differ are told in full at once."""
+    from parity.report import one_line, tensors
+    from parity.subject import check as checks
+
+    code, compared, kept = PASSED, 0, checks.Kept()
+    how, room = checks.how(_wish(args))
+    for test, case in _cases(args, room):
+        name = f"{args.test.partition(':')[0]}:{test.name}"
+        again = shlex.join(["parity", "check", name, "--case", case.id])
+        tested = checks.TestCase(case, replace(how, again=again), kept)
+        found = checks.run(test.function, tested)
+        for result in tested.results:
+            print(f"{one_line(result)}  {test.name}")
+            if args.verbose:
+                print("\n".join(tensors(result)))
+        if found is not None:
+            print(f"\n{found}\n", flush=True)
+            code = min(filter(None, (code, found.code)), default=PASSED)
+        compared += sum(r.compared[0] for r in tested.results)
+    print(f"compared: {compared:,} tensors")
+    return code or (PASSED if compared else USAGE)
+
+
+def _layout(args: argparse.Namespace) -> int:
+    from parity.subject import check as checks
+
+    how, room = checks.how(_wish(args))
+    for test, case in _cases(args, room):
+        tested = checks.LayoutCase(case, how)
+        checks.run(test.function, tested)
+        for layout in tested.layouts:
+            print(f"{test.name}[{case.id}]\n{layout.text()}\n")
+    return PASSED
+
+
+def _cases(args: argparse.Namespace, room: int) -> list[tuple[Test, Case]]:
+    """The cases that are asked for, and said on the way: those for which there is no room."""
+    from parity.subject.collect import collect
+
+    tests = collect(args.test)
+    every = [(test, case) for test in tests for case in test.combinations.cases]
+    wanted = args.case or ["*"]
+    chosen = [(t, c) for t, c in every if any(fnmatchcase(c.id, pattern) for pattern in wanted)]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(case.id for _, case in every))
+        raise UsageError(f"--case {', '.join(args.case)}: no such case (there are: {known})")
+    for test, case in chosen:
+        if reason := test.combinations.why_not(case, room):
+            print(f"SKIP  {case.id}  {test.name}: {reason}")
+    fits = [(t, c) for t, c in chosen if not t.combinations.why_not(c, room)]
+    if not fits:
+        raise UsageError("nothing to run: every case is skipped")
+    return fits
 
 
 def _exec(args: argparse.Namespace) -> int:
@@ -242,6 +303,8 @@ _COMMANDS = {
     "mutate": _mutate,
     "list": _list,
     "exec": _exec,
+    "check": _check,
+    "layout": _layout,
 }
 
 

@@ -1,31 +1,33 @@
 """Run a function on n fresh ranks of this host, and say what became of each.
 
-One fork server with torch loaded starts them (parity.warm), so a rank costs milliseconds, shares
-nothing with the rank before it, and a crash stays its own. The parent supervises: any rank's
-exception with the rank's name, the signal that ended one, and on the deadline each rank's Python
-stack. Whatever happens, no rank outlives the call; and should the parent itself be killed, the
-kernel ends the ranks.
+One fork server with torch loaded starts them (parity.forkserver), so a rank costs milliseconds,
+shares nothing with the rank before it, and a crash stays its own. A launch waits until there are
+cores, or GPUs, for it (parity.slots). The parent supervises: any rank's exception with the rank's
+name, the signal that ended one, and on the deadline each rank's Python stack. Whatever happens, no
+rank outlives the call; and should the parent itself be killed, the kernel ends the ranks.
 """
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import pickle
 import signal
+import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch.distributed as dist
 
+from parity import forkserver, slots
 from parity import rank as rank_side
 from parity.backend.settings import Settings
 from parity.errors import RanksFailed
@@ -84,23 +86,26 @@ def launch_groups(
     called with its rank, joins the group by itself, and prints where this process does.
     """
     backend = backend or Backend()
-    with tempfile.TemporaryDirectory(prefix="parity-") as name:
+    needs = slots.hold(backend.device, world, len(groups), alone=backend.name == "nccl")
+    # Waiting for slots is none of the deadline's time, and leaves nothing behind if it is ended.
+    with needs as environment, tempfile.TemporaryDirectory(prefix="parity-") as name:
         ranks: list[_Rank] = []
         try:
-            for index, args in enumerate(groups):
-                folder = Path(name) / f"group{index}"
-                for number in range(world):
-                    seat = rank_side.Seat(
-                        number,
-                        world,
-                        backend.name,
-                        backend.device,
-                        backend.deadline,
-                        str(folder),
-                        backend.settings,
-                        is_script,
-                    )
-                    ranks.append(_start(seat, function, args))
+            for place in range(len(groups) * world):
+                group, number = divmod(place, world)
+                seat = rank_side.Seat(
+                    number,
+                    world,
+                    backend.name,
+                    backend.device,
+                    backend.deadline,
+                    str(Path(name) / f"group{group}"),
+                    backend.settings,
+                    environment,
+                    place,
+                    is_script,
+                )
+                ranks.append(_start(seat, function, groups[group]))
             _supervise(ranks, time.monotonic() + backend.deadline)
             outcomes = [r.outcome for r in ranks if r.outcome is not None]
             if any(outcome.kind != "returned" for outcome in outcomes):
@@ -112,25 +117,30 @@ def launch_groups(
 
 
 def _start(seat: rank_side.Seat, function: Callable[..., Any], args: tuple[Any, ...]) -> _Rank:
-    context = _context()
+    context = forkserver.context()
     own = Path(seat.folder) / f"rank{seat.rank}"
     own.mkdir(parents=True)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(
         target=rank_side.main, args=(theirs, seat, function, args), name=f"parity rank {seat.rank}"
     )
-    process.start()
+    with _no_main() if function.__module__.startswith("parity.") else nullcontext():
+        process.start()
     theirs.close()
     return _Rank(seat.rank, process, ours, own)
 
 
-def _context() -> mp.context.ForkServerContext:
-    """The fork server is started by the first rank and serves all launches of this process."""
-    # Counting GPUs must not open CUDA before a fork: ask the driver's library instead.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["parity.warm"])
-    return context
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """Meanwhile the main program is not to be run again in new processes, which multiprocessing
+    does so that they find its functions: ours bring theirs along. A script needs no guard then.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _supervise(ranks: list[_Rank], deadline: float) -> None:
@@ -220,7 +230,7 @@ def _failure(ranks: list[_Rank], backend: Backend) -> RanksFailed:
     late = first in ("is", "waits")
     head = f"not done after {backend.deadline:g} s, the deadline; " if late else ""
     who = _who(found)
-    spoken = [(who[r.number], o) for r, o in found if r.number in who]
+    spoken = [(who.pop(r.number), o) for r, o in found if r.number in who]
     lines = [f"{'' if i else head}{name} {o.summary}" for i, (name, o) in enumerate(spoken)]
     if found[0][1].detail and not late:
         lines[1:1] = [f"    {line}" for line in found[0][1].detail.rstrip().splitlines()]
@@ -234,12 +244,12 @@ def _who(found: Sequence[tuple[_Rank, rank_side.Outcome]]) -> dict[int, str]:
     """By the first rank of those who say the same of each other: their names together."""
     said: dict[tuple[str, str], list[int]] = {}
     for r, outcome in found:
-        alone = "" if outcome.kind == "raised" and outcome.detail else str(r.number)
+        alone = "" if outcome.kind == "raised" else str(r.number)
         said.setdefault((outcome.summary + alone, outcome.detail), []).append(r.number)
     return {
         ranks[0]: f"rank {ranks[0]}"
-        if len(ranks) == 1
-        else f"ranks {', '.join(map(str, sorted(ranks)))}"
+        if len(set(ranks)) == 1
+        else f"ranks {', '.join(map(str, sorted(set(ranks))))}"
         for ranks in said.values()
     }
 

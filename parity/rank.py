@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
+    import torch
+
     from parity.backend import Settings
 
 STACK_SIGNAL = signal.SIGUSR1
@@ -40,6 +42,8 @@ class Seat(NamedTuple):
     deadline: float
     folder: str
     settings: Settings
+    environment: dict[str, str]  # which GPUs it sees, and that it has its slots
+    place: int  # among all ranks of the launch, where there are several groups
     is_script: bool = False  # it joins the group itself, and prints where its parent does
 
 
@@ -68,6 +72,7 @@ def main(pipe: Connection, seat: Seat, function: Callable[..., Any], args: tuple
 
 def _settle(seat: Seat) -> None:
     """Signals, output and scheduling, before any of the user's code runs."""
+    os.environ.update(seat.environment)  # the fork server's own is that of an earlier time
     os.setpgid(0, 0)  # a group of its own, to be ended with all that it starts
     _die_with_the_parent()
     own = Path(seat.folder) / f"rank{seat.rank}"
@@ -109,9 +114,7 @@ def _call(seat: Seat, function: Callable[..., Any], args: tuple[Any, ...]) -> An
 
     device = None
     if seat.device == "cuda":
-        # Over shared memory several ranks may have one GPU; NCCL wants one each.
-        device = torch.device("cuda", seat.rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+        device = _gpu(seat.place)
         # Atomic additions make copies of one gradient differ in their last bits.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -139,6 +142,20 @@ def _call(seat: Seat, function: Callable[..., Any], args: tuple[Any, ...]) -> An
     return value
 
 
+def _gpu(place: int) -> torch.device:
+    """Over shared memory several ranks may have one GPU; NCCL wants one each."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        raise RuntimeError(
+            "CUDA was used while the function was imported, before this rank was told which GPUs "
+            "it may use: use CUDA in functions only"
+        )
+    device = torch.device("cuda", place % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
 def _outcome_of(error: BaseException) -> Outcome:
     import torch.distributed as dist
 
@@ -156,7 +173,20 @@ def _outcome_of(error: BaseException) -> Outcome:
 
 
 def _stack(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))
+    """Where it was raised, without the frames that are ours; empty if there are no others, and
+    parity has said what is wrong.
+    """
+    from parity.errors import ParityError
+
+    told = traceback.TracebackException.from_exception(error)
+    frames = [frame for frame in told.stack if Path(frame.filename).parent not in _OWN]
+    if not frames and isinstance(error, ParityError):
+        return ""
+    told.stack = traceback.StackSummary.from_list(frames or told.stack)
+    return "".join(told.format())
+
+
+_OWN = (Path(__file__).parent, Path(__file__).parent / "subject")
 
 
 def _leave(code: int) -> NoReturn:

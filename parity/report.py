@@ -53,7 +53,9 @@ class Report:
 
     @property
     def compared(self) -> tuple[int, int]:
-        return compared(self.results)
+        """(tensors, elements), of all cases."""
+        counts = [result.compared for result in self.results]
+        return sum(tensors for tensors, _ in counts), sum(elements for _, elements in counts)
 
     @property
     def exit_code(self) -> int:
@@ -64,12 +66,6 @@ class Report:
         if "error" in statuses:
             return COULD_NOT_RUN
         return PASSED if self.compared[0] else USAGE
-
-
-def compared(results: Iterable[Result]) -> tuple[int, int]:
-    """(tensors, elements), each counted once per run and baseline that it was held against."""
-    verdicts = [v for r in results for j in r.judged for v in j.verdicts]
-    return sum(v.elements > 0 for v in verdicts), sum(v.elements for v in verdicts)
 
 
 def cell(judged: Iterable[Judged], check: str) -> Cell:
@@ -197,6 +193,16 @@ def failure(result: Result, again: str, closer: str = "", *, verbose: bool = Fal
     return "\n".join([*lines, *todo, *([f"  look closer: {closer}"] if closer else [])])
 
 
+def tensors(result: Result) -> list[str]:
+    """A line for every tensor of every run that was compared."""
+    return [
+        f"  {j.run.label}: {v.key}: {v.status}, {v.elements:,} elements, {v.copies} copies, "
+        f"relative error {v.error:.1e}, allowed {v.allowed:.1e}"
+        for j in result.judged
+        for v in j.verdicts
+    ]
+
+
 def what_is_wrong(v: Verdict) -> str:
     """One verdict in words: what was got, what was wanted, how far beyond what was allowed."""
     if v.status not in ("bug", "drift"):
@@ -244,8 +250,13 @@ def _counts(report: Report) -> str:
 
 def _caveats(report: Report, judged: Sequence[Judged]) -> list[str]:
     """What a green run does not say."""
+    idle = {r.case.id: ", ".join(r.idle) for r in report.results if r.idle}
+    said = [
+        f"nothing is cut over {axes}: {case}, and so on, tests no more than one rank of it"
+        for case, axes in list(idle.items())[:1]
+    ]
     if LOGIC not in report.plan.dtypes:
-        return [f"logic was not judged: {LOGIC} is not among the dtypes"]
+        return [*said, f"logic was not judged: {LOGIC} is not among the dtypes"]
     loose = {
         v.key: v.allowed
         for j in judged
@@ -253,11 +264,12 @@ def _caveats(report: Report, judged: Sequence[Judged]) -> list[str]:
         if j.run.dtype == LOGIC and v.allowed > LOOSE
     }
     if not loose:
-        return []
+        return said
     worst = max(loose, key=lambda key: loose[key])
     return [
+        *said,
         f"hardly judged, since rounding alone moves them that far: {len(loose)} tensors, such as "
-        f"{worst} (a relative error of {loose[worst]:.1e} would pass)"
+        f"{worst} (a relative error of {loose[worst]:.1e} would pass)",
     ]
 
 

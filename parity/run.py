@@ -45,9 +45,16 @@ class Result:
     diff: float | None = None
     ledger: Sums = field(default_factory=dict)  # of the first run, if one was asked for
     error: str = ""
+    idle: Sequence[str] = ()  # axes of several ranks that all hold the same
     culprit: Culprit | None = None  # of a detailed run
     culprits: Sequence[Culprit] | None = None  # of a failure that was investigated
     unexplained: str = ""  # why it could not be
+
+    @property
+    def compared(self) -> tuple[int, int]:
+        """(tensors, elements), each counted once per run and baseline that it was held against."""
+        verdicts = [v for j in self.judged for v in j.verdicts]
+        return sum(v.elements > 0 for v in verdicts), sum(v.elements for v in verdicts)
 
     @property
     def first_divergence(self) -> tuple[Judged, Verdict] | None:
@@ -84,7 +91,7 @@ class Session:
         try:
             with record(self.plan.target, runs, self.plan.backend) as recordings:
                 ran = time.perf_counter() - start
-                sums = total(recordings[0].ledgers)
+                sums, idle = total(recordings[0].ledgers), idle_axes(case, recordings[0])
                 for run, recording in zip(runs, recordings, strict=True):
                     wholes = _wholes(recording)
                     judged += self._judge(run, wholes)
@@ -99,7 +106,9 @@ class Session:
         good = all(verdict.good for j in judged for verdict in j.verdicts)
         status = "pass" if good else "fail"
         diff = max(diffs, default=None)
-        return Result(case, status, judged, seconds, seconds - ran, diff, sums, culprit=culprit)
+        return Result(
+            case, status, judged, seconds, seconds - ran, diff, sums, idle=idle, culprit=culprit
+        )
 
     def _judge(self, run: Run, wholes: dict[Key, Whole]) -> Iterator[Judged]:
         for baseline in self.plan.baselines:
@@ -161,6 +170,28 @@ def verdicts(
     for key in keys:
         if key not in expected and key.check not in DETAILS:
             yield Verdict(key, "extra", "the baseline did not record it")
+
+
+def idle_axes(case: Case, recording: Recording) -> list[str]:
+    """Axes along which every rank holds what its neighbours hold, of all records: whatever ranks
+    are to do together over such an axis was not put to the test.
+    """
+    at = [recording.at(rank) for rank in range(case.world)]
+    idle = [axis for axis, size in case.axes.items() if size > 1 and all(at)]
+    for key in recording.keys if idle else ():
+        held = recording.held(key)
+        idle = [axis for axis in idle if not _differs_along(axis, at, held)]
+    return idle
+
+
+def _differs_along(
+    axis: str, at: Sequence[Mapping[str, int]], held: Mapping[int, set[tuple[int, ...]]]
+) -> bool:
+    lines: dict[tuple[tuple[str, int], ...], set[frozenset[tuple[int, ...]]]] = {}
+    for rank, place in enumerate(at):
+        others = tuple((name, i) for name, i in place.items() if name != axis)
+        lines.setdefault(others, set()).add(frozenset(held.get(rank, ())))
+    return any(len(line) > 1 for line in lines.values())
 
 
 def whole_of(recording: Recording, key: Key) -> Whole:

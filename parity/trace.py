@@ -161,6 +161,13 @@ class Recording:
         """The shape of the whole by each piece's word; they agree in a sound recording."""
         return [box.shape for _, box, _ in self._where[key]]
 
+    def held(self, key: Key) -> dict[int, set[tuple[int, ...]]]:
+        """Where the pieces of each rank begin."""
+        offsets: dict[int, set[tuple[int, ...]]] = {}
+        for rank, box, _ in self._where[key]:
+            offsets.setdefault(rank, set()).add(box.offset)
+        return offsets
+
     def pieces(self, key: Key) -> list[Piece]:
         return [
             Piece(rank, box.offset, self._files[rank].get_tensor(name))

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,10 @@ ROWS = {
         ["__main__"],
     ],
     "parity": [
-        ["errors", "case", "yaml_file", "arguments"],
+        ["errors", "case", "cutting", "yaml_file", "arguments"],
         ["cases", "room"],
-        ["backend"],
-        ["rank", "warm", "ledger", "bounds", "matrix_file"],
+        ["backend", "slots", "forkserver"],
+        ["rank", "warm", "ledger", "bounds", "matrix_file", "strategies"],
         ["trace", "launcher", "mutants"],
         ["whole", "ranks", "script", "modules", "evidence"],
         ["judge", "wording"],
@@ -59,7 +60,7 @@ ROWS = {
         ["__init__"],
     ],
     "parity.plugin": [
-        ["forkserver", "gpus", "options", "row", "timeouts"],
+        ["early", "gpus", "options", "row", "timeouts"],
         ["summary", "shared"],
         ["document", "github", "running"],
         ["controller"],
@@ -72,6 +73,7 @@ ROWS = {
         ["places"],
         ["training"],
         ["target"],
+        ["layout", "collect"],
         ["check"],
         ["__init__"],
     ],
@@ -156,6 +158,7 @@ def test_torch_distributed_is_spoken_to_in_few_places() -> None:
         "subject/places",
         "subject/training",
         "subject/target",  # makes the mesh
+        "subject/layout",  # speaks in placements
         "parity/mutants",  # knows the reductions by name
     }
 
@@ -196,12 +199,24 @@ def test_asking_for_help_is_quick_because_it_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["heiretsu.mesh", "heiretsu.layout", "heiretsu.schedule", "parity.case"]
+    "module",
+    [
+        "heiretsu.mesh",
+        "heiretsu.layout",
+        "heiretsu.schedule",
+        "parity.case",
+        "parity.cutting",
+        "parity.strategies",
+    ],
 )
 def test_the_examples_in_docstrings_are_true(module: str) -> None:
     import doctest
     import importlib
 
-    result = doctest.testmod(importlib.import_module(module))
+    from hypothesis import find, settings
+
+    # `find` would replay what it found for another example: the lambdas of examples look all alike.
+    fresh = partial(find, settings=settings(database=None, max_examples=2000))
+    result = doctest.testmod(importlib.import_module(module), extraglobs={"find": fresh})
     assert result.attempted > 0
     assert result.failed == 0

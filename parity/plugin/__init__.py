@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from parity import forkserver
 from parity.case import Case
 from parity.cases import combinations_of
-from parity.plugin import forkserver, gpus, matrices, options, running
+from parity.plugin import early, gpus, matrices, options, running
 from parity.plugin import shared as sharing
 from parity.plugin.controller import Controller
 
@@ -34,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:
-    if not parent.config.option.collectonly and forkserver.will_be_needed(module_path):
+    if not parent.config.option.collectonly and early.will_need_ranks(module_path):
         forkserver.warm_up()
 
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from parity import forkserver
 from parity.case import Case
 from parity.errors import UsageError
-from parity.plugin import forkserver, running
+from parity.plugin import running
 from parity.plugin import shared as sharing
 
 if TYPE_CHECKING:

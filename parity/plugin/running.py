@@ -91,8 +91,6 @@ def test_case(item: pytest.Item, case: Case) -> TestCase:
 
 
 def check_compared(item: pytest.Item) -> None:
-    from parity.report import compared
-
     results = item.stash[RUNNING].results
     if not results and not item.stash[RUNNING].has_case:
         raise ComparedNothing(
@@ -100,7 +98,7 @@ def check_compared(item: pytest.Item) -> None:
         )
     if not results:
         raise ComparedNothing("it compared nothing: call case.check(...)")
-    if not compared(results)[0]:
+    if not sum(result.compared[0] for result in results):
         raise ComparedNothing("it compared nothing: there is no element in any of its tensors")
 
 
@@ -179,7 +177,7 @@ def _said(report: pytest.TestReport, text: str) -> str:
 
 def _with_numbers(row: Row, results: Sequence[Result]) -> Row:
     from parity.judge import LOGIC
-    from parity.report import cell, compared
+    from parity.report import cell
     from parity.trace import CHECKS
 
     judged = [j for result in results for j in result.judged]
@@ -190,11 +188,10 @@ def _with_numbers(row: Row, results: Sequence[Result]) -> Row:
     said, size = row.said, 0.0
     if first is not None and row.status == rows.DIFFERS:
         said, size = f"first divergence: {first[1].key}", first[1].error
-    tensors, elements = compared(results)
     return replace(
         row,
-        tensors=tensors,
-        elements=elements,
+        tensors=sum(result.compared[0] for result in results),
+        elements=sum(result.compared[1] for result in results),
         error=max(logic, default=None),
         rho=max(working, default=None),
         allowed={check: bound for check, bound in bounds.items() if bound is not None},

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 from parity.baseline import Baselines
 from parity.case import Case, Run, Scalar
-from parity.errors import ParityError, UsageError
+from parity.errors import PARITY_FAILURE, ParityError, UsageError
 from parity.investigate import Investigator
 from parity.launcher import Backend
 from parity.matrix_file import DTYPES
@@ -22,6 +25,7 @@ from parity.plan import Baseline, Packed, Plan, Wish, backend_for, room_for
 from parity.report import failure
 from parity.run import Result, Session
 from parity.subject import target as sides
+from parity.subject.layout import Layout, layout_of
 from parity.subject.packing import pack
 from parity.subject.placing import Cuts
 from parity.subject.program import Subject, leaves
@@ -34,9 +38,11 @@ DEADLINE = 120.0  # seconds for a launch of a case
 class Differs(AssertionError):
     """A candidate is not the same function as its baseline. The text is the whole report."""
 
+    code = PARITY_FAILURE
+
 
 class CouldNotRun(ParityError):
-    """A case did not come to its end, so nothing is known of it."""
+    """A case did not come to its end, or compared nothing: nothing is known of it."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +66,19 @@ class Kept:
     """What baselines gave, for all cases that are held against the same one."""
 
     def __init__(self) -> None:
-        self._folder = TemporaryDirectory(prefix="parity-")
+        self._folder = tempfile.mkdtemp(prefix="parity-")
+        self._end = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._sessions: dict[str, tuple[Baselines, Investigator]] = {}
 
     def folder(self, data: bytes) -> str:
         """One for each comparison, for what its baseline tells its candidates."""
-        path = Path(self._folder.name) / hashlib.blake2b(data, digest_size=16).hexdigest()
+        path = Path(self._folder) / hashlib.blake2b(data, digest_size=16).hexdigest()
         path.mkdir(exist_ok=True)
         return str(path)
 
     def close(self) -> None:
-        """Remove the folders. No comparison can be made after it."""
-        self._folder.cleanup()
+        """Remove the folders: some processes end without cleaning up. No comparison comes after."""
+        self._end()
 
     def session(self, plan: Plan) -> tuple[Session, Investigator]:
         baseline = plan.baselines[0].target
@@ -211,7 +218,30 @@ class TestCase:
         result = closer.investigate(session.result(self.case))
         self.results.append(result)
         verdict(result, self.how.again)
+        if result.idle:
+            axes = ", ".join(result.idle)
+            raise UsageError(
+                f"{self.id}: no input, parameter or output is cut over {axes}: its ranks all do "
+                "the same, and would without a word to each other; cut the inputs, as in "
+                f"data={{'{result.idle[0]}': 0}}, or leave {axes} out"
+            )
         return result
+
+
+class LayoutCase(TestCase):
+    """In the place of a case where nothing is to be compared: asks where parameters lie."""
+
+    __test__ = False
+
+    def __init__(self, case: Case, how: How | None = None, kept: Kept | None = None) -> None:
+        super().__init__(case, how, kept)
+        self.layouts: list[Layout] = []
+
+    def _result(self, baseline: bytes, candidate: bytes, *_: Any) -> Result:
+        if not isinstance(pickle.loads(candidate), sides.Candidate):  # noqa: S301 (our own)
+            raise UsageError("case.compare: a whole program hands over its own places")
+        self.layouts.append(layout_of(candidate, self.case.axes, self.how.backend))
+        return Result(self.case, "pass", [], 0.0)
 
 
 def verdict(result: Result, again: str) -> None:
@@ -220,6 +250,19 @@ def verdict(result: Result, again: str) -> None:
         raise CouldNotRun(failure(result, again))
     if result.status == "fail":
         raise Differs(failure(result, again))
+
+
+def run(test: Callable[[Any], object], case: TestCase) -> Differs | ParityError | None:
+    """Call a test with its case; what it found. Its random numbers are the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case.how.seed)
+        try:
+            test(case)
+        except (Differs, ParityError) as found:
+            return found
+    if not isinstance(case, LayoutCase) and not sum(r.compared[0] for r in case.results):
+        return CouldNotRun(f"{case.id}: it compared nothing; call case.check(...)")
+    return None
 
 
 def _by_name(output: Mapping[Any, Any]) -> Mapping[str, Cuts]:

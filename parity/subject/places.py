@@ -60,7 +60,7 @@ class Places:
     def _word(self, check: str, name: str) -> Cuts | None:
         if check != "forward":
             return None
-        return self.outputs.get(name.partition(",")[0]) or self.outputs.get("")
+        return self.outputs.get(name.rpartition(" ")[2]) or self.outputs.get("")
 
     def _of(
         self, whole: tuple[int, ...], name: str, tensor: Tensor, word: Cuts | None = None
@@ -119,7 +119,7 @@ def paths_of(held: Sequence[Held], *, is_whole: bool) -> dict[str, str]:
     A parameter `net.0.weight` that is the baseline's `layers.4.weight` makes `net.0` `layers.4`.
     `is_whole`: the outermost module is the baseline's too.
     """
-    paths: dict[str, str] = {"": ""} if is_whole else {}
+    paths: dict[str, str] = {}
     for h in held:
         if len(h.parts) != 1:
             continue
@@ -128,4 +128,5 @@ def paths_of(held: Sequence[Held], *, is_whole: bool) -> dict[str, str]:
             own, theirs = own[:-1], theirs[:-1]
             if own:
                 paths.setdefault(".".join(own), ".".join(theirs))
-    return paths
+    # Around it a wrapper may be (DDP): then it is what is inside that is recorded.
+    return paths if not is_whole or "" in paths.values() else {"": "", **paths}

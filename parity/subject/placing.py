@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import permutations
+from itertools import combinations
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+
+from parity.cutting import chunk, spans, tensor_split
 
 Cuts = Mapping[int, str | Sequence[str]]  # dim of a tensor -> the axis it is cut over, or axes
 
@@ -32,15 +34,9 @@ class Unplaced(Exception):
 
 
 def share(length: int, parts: int, index: int, *, even: bool = False) -> tuple[int, int]:
-    """(start, length) of a part. As torch.chunk cuts: the last parts are shorter, or empty; `even`,
-    as torch.tensor_split does: the first ones are longer by one.
-    """
-    if even:
-        small, longer = divmod(length, parts)
-        return index * small + min(index, longer), small + (index < longer)
-    step = -(-length // parts)
-    start = min(index * step, length)
-    return start, min(step, length - start)
+    """(start, length) of a part, as torch.chunk cuts, or with `even` as torch.tensor_split does."""
+    span = spans((tensor_split if even else chunk)(length, parts))[index]
+    return span.start, len(span)
 
 
 def cut(place: Place, size: Sequence[int], cuts: Cuts, axes: Axes) -> tuple[int, ...]:
@@ -68,44 +64,48 @@ def by_shape(
     shape, size = tuple(shape), tuple(size)
     if len(shape) != len(size):
         raise Unplaced(f"it has {len(size)} dims, and the baseline's {len(shape)}")
-    cuts = {
-        dim: _cut_over(shape, size, dim, axes, (first or {}).get(dim))
+    offset = tuple(
+        0 if size[dim] == shape[dim] else _start(shape, size, dim, axes, (first or {}).get(dim))
         for dim in range(len(shape))
-        if size[dim] != shape[dim]
-    }
-    place = Place(shape, (0,) * len(shape))
-    return Place(shape, cut(place, size, cuts, axes))
+    )
+    return Place(shape, offset)
 
 
-def _cut_over(
+def _start(
     shape: tuple[int, ...],
     size: tuple[int, ...],
     dim: int,
     axes: Axes,
     known: str | Sequence[str] | None,
-) -> tuple[str, ...]:
-    if known and _along(shape[dim], size[dim], _tuple(known), axes) is not None:
-        return _tuple(known)
+) -> int:
+    """Where in `dim` it begins, by the axis or the fewest axes that explain its size."""
+    if known and (start := _along(shape[dim], size[dim], _tuple(known), axes, INPUTS)) is not None:
+        return start
     names = [axis for axis, n in axes.sizes.items() if n > 1]
     for count in range(1, len(names) + 1):
-        found = [
-            chosen
-            for chosen in permutations(names, count)
-            if _along(shape[dim], size[dim], chosen, axes) is not None
-        ]
-        if len({frozenset(chosen) for chosen in found}) > 1:
+        found = {
+            chosen: start
+            for chosen in combinations(names, count)
+            if (start := _along(shape[dim], size[dim], chosen, axes)) is not None
+        }
+        if len(found) > 1:
             raise Unplaced(
                 f"dim {dim} of {shape[dim]} is {size[dim]} long here, and may be cut over "
                 f"{' or '.join(' x '.join(chosen) for chosen in found)}"
             )
         if found:
-            return found[0]
+            return next(iter(found.values()))
     raise Unplaced(f"dim {dim} of {shape[dim]} is {size[dim]} long here, which no axis explains")
 
 
-def _along(whole: int, length: int, names: Sequence[str], axes: Axes) -> int | None:
+OTHERS, INPUTS = (False, True), (True, False)  # as DTensor cuts, and as parity cuts inputs, first
+
+
+def _along(
+    whole: int, length: int, names: Sequence[str], axes: Axes, ways: Sequence[bool] = OTHERS
+) -> int | None:
     """Where a part of this length starts, cut over these axes one after the other."""
-    for even in (False, True):
+    for even in ways:
         start, left = 0, whole
         for axis in names:
             inner, left = share(left, axes.sizes[axis], axes.at[axis], even=even)

@@ -129,7 +129,8 @@ class Candidate:
 def make(subject: Subject, run: Run) -> nn.Module:
     """The baseline's module in the run's dtype, on its device, disturbed as the run asks."""
     torch.manual_seed(run.seed)
-    model = subject.baseline()
+    with _default_dtype(torch.float32):  # in another one, other numbers would be drawn
+        model = subject.baseline()
     if not isinstance(model, nn.Module):
         raise TraceError(f"the baseline returned {type(model).__name__}, and no torch.nn.Module")
     _check_dropout(model)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parity.case import Run
+from parity.errors import TraceError
 from parity.modules import record_modules
 from parity.subject.alignment import Part, local
 from parity.subject.places import Places
@@ -47,14 +48,17 @@ def train(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> None:
             p.grad = None
         with _modules(side) if run.detail and step == 0 else nullcontext():
             outputs = _step(side, inputs, targets)
+        if program.step is None and not list(leaves(outputs, "output")):
+            raise TraceError(f"the module put out {type(outputs).__name__}, and no tensor")
+        later = f"step {step + 1} of " if step else ""
         for name, y in leaves(outputs, "output"):
-            _whole_or_piece(side, "forward", name if step == 0 else f"{name}, step {step + 1}", y)
+            _whole_or_piece(side, "forward", later + name, y)
         if step == 0:
             _gradients(side, inputs)
         if program.optimizer is not None:
             program.optimizer.step()
-    if program.optimizer is not None:
-        _state(side)
+            if step in (0, run.steps - 1):
+                _state(side, later)
 
 
 def _step(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> Any:
@@ -98,7 +102,8 @@ def _gradients(side: Side, inputs: Sequence[Any]) -> None:
         gradient = program.gradient(p)
         if gradient is None and program.gradient is Program.gradient:
             gradient = torch.zeros_like(p)
-        if gradient is not None and p.requires_grad:
+        # One that the baseline trains and the candidate does not has a gradient of zero.
+        if gradient is not None and (p.requires_grad or _is_trained(side, name)):
             _pieces(side, "gradient", "", name, _placed_as(gradient, p))
     if side.subject.input_gradients:
         for name, x in leaves(list(inputs), "input"):
@@ -108,6 +113,11 @@ def _gradients(side: Side, inputs: Sequence[Any]) -> None:
                 x.grad = None
 
 
+def _is_trained(side: Side, name: str) -> bool:
+    shapes = side.places.shapes or {}
+    return any(("gradient", part.whole) in shapes for part in side.parts(name))
+
+
 def _placed_as(gradient: Tensor, parameter: Tensor) -> Tensor:
     """A DTensor's gradient may have parts that are still to be summed, as its optimizer does."""
     if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
@@ -115,11 +125,11 @@ def _placed_as(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient
 
 
-def _state(side: Side) -> None:
+def _state(side: Side, later: str) -> None:
     for name, p in side.program.trained.items():
-        _pieces(side, "state", "", name, p)
+        _pieces(side, "state", later, name, p)
         for kind, value in states_of(side.program.optimizer, p).items():
-            _pieces(side, "state", f"{kind} of ", name, value)
+            _pieces(side, "state", f"{later}{kind} of ", name, value)
 
 
 def _pieces(side: Side, check: str, prefix: str, name: str, tensor: Tensor) -> None:

@@ -193,7 +193,7 @@ def test_what_is_said_of_every_kind_of_end(
 
         def pytest_sessionfinish(session):
             kept = session.config.stash[SHARED].kept
-            print("\\nsessions", len(kept._sessions), "folder", kept._folder.name)
+            print("\\nsessions", len(kept._sessions), "folder", kept._folder)
             print("seed restored:", torch.initial_seed() == START)
         """
     )

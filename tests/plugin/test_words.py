@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from parity.plugin import github, gpus, summary, timeouts
-from parity.plugin.forkserver import will_be_needed
+from parity.plugin.early import will_need_ranks
 from parity.plugin.row import COULD_NOT, DIFFERS, FAILED, KEY, PASSED, SKIPPED, Row, take
 
 ROWS = {
@@ -173,13 +173,13 @@ def test_what_torch_is_built_for_is_what_it_says() -> None:
         ("@matrix(3)\ndef test(): ...", False),
     ],
 )
-def test_the_text_of_a_module_tells_whether_ranks_will_be_needed(
+def test_the_text_of_a_module_tells_whether_ranks_will_need_ranks(
     tmp_path: Path, text: str, needed: bool
 ) -> None:
     path = tmp_path / "test_it.py"
-    assert not will_be_needed(path)
+    assert not will_need_ranks(path)
     path.write_text(text)
-    assert will_be_needed(path) is needed
+    assert will_need_ranks(path) is needed
 
 
 def an_item(

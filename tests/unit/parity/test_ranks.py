@@ -132,3 +132,22 @@ def test_a_backend_that_does_not_fit_is_refused(
     matrix = str(ROOT / "matrix.yaml")
     assert command("run", matrix, "--device", "cpu", *words) == 2
     assert capsys.readouterr().err == f"parity: {said}\n"
+
+
+def test_a_plain_script_needs_no_guard(tmp_path: Path) -> None:
+    """Ranks do not run the main program again: it would start ranks in its turn."""
+    (tmp_path / "plain.py").write_text(
+        "import parity, torch.distributed as dist\n"
+        "offset = 10\n"
+        "print(parity.world(2).run(lambda: dist.get_rank() + offset))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "plain.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.stdout, done.stderr) == ("[10, 11]\n", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parity import Trace, TraceError
+from parity import strategies as ps
+from parity.cutting import Part, boxes
 from parity.trace import Key, Piece, Recording
 from parity.whole import join, same_bits
 
@@ -23,30 +26,18 @@ def saved(folder: Path, *traces: Trace) -> Recording:
     return Recording(paths)
 
 
-def pieces_of(whole: torch.Tensor, parts: int, dim: int, copies: int) -> list[Piece]:
-    pieces, start = [], 0
-    for part in whole.tensor_split(parts, dim):
-        offset = [0] * whole.ndim
-        offset[dim] = start
-        start += part.shape[dim]
-        for _ in range(copies):
-            pieces.append(Piece(len(pieces), tuple(offset), part.contiguous()))
-    return pieces
+def pieces_of(whole: torch.Tensor, cut: Sequence[Part], copies: int = 1) -> list[Piece]:
+    parts = [part for part in cut for _ in range(copies)]
+    return [Piece(i, p.offset, whole[p.slices].contiguous()) for i, p in enumerate(parts)]
 
 
-@given(
-    st.lists(st.integers(1, 7), min_size=1, max_size=3),
-    st.integers(1, 5),
-    st.integers(0, 2),
-    st.integers(1, 3),
-    st.randoms(),
-)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=3), st.integers(1, 6), st.data())
 def test_any_cut_in_any_order_joins_to_the_whole(
-    shape: list[int], parts: int, dim: int, copies: int, random: object
+    shape: list[int], parts: int, data: st.DataObject
 ) -> None:
     whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
-    pieces = pieces_of(whole, parts, dim % len(shape), copies)
-    random.shuffle(pieces)  # type: ignore[attr-defined]
+    cut = data.draw(ps.cuts(shape, parts))
+    pieces = data.draw(st.permutations(pieces_of(whole, cut, copies=data.draw(st.integers(1, 3)))))
     joined = join(pieces, [tuple(shape)] * len(pieces))
     assert joined.findings == []
     assert joined.tensor is not None
@@ -68,7 +59,7 @@ def test_equal_nans_are_no_split() -> None:
 
 
 def test_a_missing_piece_is_a_hole() -> None:
-    pieces = pieces_of(torch.arange(7.0), 3, 0, 1)[:2]
+    pieces = pieces_of(torch.arange(7.0), boxes([(3, 2, 2)]))[:2]
     joined = join(pieces, [(7,)] * 2)
     assert joined.tensor is None
     assert [tuple(f) for f in joined.findings] == [("hole", "2 of 7 elements are on no rank")]

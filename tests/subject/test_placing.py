@@ -1,0 +1,102 @@
+"""Where an activation lies by its shape: what is plain is found, what is ambiguous is asked for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parity.subject.placing import Axes, Place, Unplaced, by_shape, cut, share
+
+
+def axes(at: dict[str, int], **sizes: int) -> Axes:
+    return Axes(sizes, at)
+
+
+@given(st.integers(0, 40), st.integers(1, 9), st.booleans())
+def test_shares_tile_a_length(length: int, parts: int, even: bool) -> None:
+    shares = [share(length, parts, i, even=even) for i in range(parts)]
+    covered = [element for start, n in shares for element in range(start, start + n)]
+    assert covered == list(range(length))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 4), st.data())
+def test_a_cut_over_one_axis_is_found_by_the_shape(
+    shape: list[int], n: int, data: st.DataObject
+) -> None:
+    dim = data.draw(st.integers(0, len(shape) - 1))
+    covered = []
+    for r in range(n):
+        start, length = share(shape[dim], n, r)
+        size = [length if d == dim else m for d, m in enumerate(shape)]
+        place = by_shape(shape, size, axes({"tp": r}, tp=n))
+        covered += (
+            [] if size == shape and r else [*range(place.offset[dim], place.offset[dim] + length)]
+        )
+        assert length == shape[dim] or not length or place.offset[dim] == start
+    if n <= shape[dim]:
+        assert sorted(set(covered)) == list(range(shape[dim]))
+
+
+def test_two_dims_over_two_axes() -> None:
+    here = axes({"dp": 1, "tp": 2}, dp=2, tp=4)
+    assert by_shape((8, 5, 16), (4, 5, 4), here) == Place((8, 5, 16), (4, 0, 8))
+
+
+def test_one_dim_over_two_axes_is_cut_by_the_first_of_them_first() -> None:
+    here = axes({"dp": 1, "tp": 2}, dp=2, tp=4)
+    assert by_shape((16,), (2,), here).offset == (12,)
+
+
+def test_an_axis_of_one_explains_nothing_and_is_not_in_the_way() -> None:
+    assert by_shape((6,), (3,), axes({"dp": 0, "tp": 1}, dp=1, tp=2)).offset == (3,)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "why"),
+    [
+        ((8,), (4,), "dim 0 of 8 is 4 long here, and may be cut over dp or tp"),
+        ((8, 3), (8,), "it has 1 dims, and the baseline's 2"),
+        ((9,), (6,), "dim 0 of 9 is 6 long here, which no axis explains"),
+        ((4,), (8,), "dim 0 of 4 is 8 long here, which no axis explains"),
+    ],
+)
+def test_what_is_unclear_is_asked_for(
+    shape: tuple[int, ...], size: tuple[int, ...], why: str
+) -> None:
+    with pytest.raises(Unplaced) as caught:
+        by_shape(shape, size, axes({"dp": 1, "tp": 1}, dp=2, tp=2))
+    assert str(caught.value) == why
+
+
+def test_how_the_inputs_are_cut_is_taken_first() -> None:
+    here = axes({"dp": 1, "tp": 0}, dp=2, tp=2)
+    assert by_shape((8,), (4,), here, {0: "dp"}).offset == (4,)
+
+
+@given(st.integers(1, 30), st.integers(1, 6))
+def test_inputs_that_are_cut_unevenly_are_found_where_they_were_cut(length: int, n: int) -> None:
+    for r in range(n):
+        start, size = share(length, n, r, even=True)
+        if size != length:
+            place = by_shape((length,), (size,), axes({"dp": r}, dp=n), {0: "dp"})
+            assert place.offset == (start,)
+
+
+def test_a_cut_by_word_is_held_against_the_shape() -> None:
+    here = axes({"tp": 1}, tp=2)
+    whole = Place((8, 6), (0, 0))
+    assert cut(whole, (8, 3), {1: "tp"}, here) == (0, 3)
+    with pytest.raises(Unplaced, match="dim 0 of 8 cut over tp is not 8 long on this rank"):
+        cut(whole, (8, 3), {0: "tp"}, here)
+
+
+def test_every_product_of_axes_is_explained() -> None:
+    sizes = {"dp": 2, "cp": 3, "tp": 5}
+    covered = set()
+    for i in range(math.prod(sizes.values())):
+        at = {"dp": i // 15, "cp": i // 5 % 3, "tp": i % 5}
+        covered.add(by_shape((30,), (1,), Axes(sizes, at)).offset[0])
+    assert covered == set(range(30))
