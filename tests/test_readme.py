@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from parity.cli import parser
+from parity.plugin import options
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -97,6 +98,8 @@ def test_every_option_named_exists() -> None:
     known = set(re.findall(r"--[a-z][\w-]*", help_texts + out.getvalue()))
     known |= {"--standalone", "--nproc_per_node"}  # torchrun's
     known |= {"--no-silent", "--docs"}  # of tests.bugs
+    known |= {"--lf", "--junitxml"}  # pytest's
+    known |= {option.flag for option in options.ALL}
     assert set(re.findall(r"--[a-z][\w-]*", text)) <= known
 
 

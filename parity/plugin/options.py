@@ -91,7 +91,7 @@ class _Option(NamedTuple):
         return f"parity_{self.name}"
 
 
-_ALL = [
+ALL = [
     _Option("device", "string", _one_of(DEVICES), "D", "auto, cpu, or cuda: where ranks run"),
     _Option("backend", "string", _one_of(BACKENDS), "B", "auto, parity, nccl, or gloo"),
     _Option("max_world", "int", _whole(1), "N", "cases of more ranks are skipped"),
@@ -104,7 +104,7 @@ _ALL = [
 
 def add(parser: pytest.Parser) -> None:
     group = parser.getgroup("parity", "parity: parallel code against a one-device baseline")
-    for option in _ALL:
+    for option in ALL:
         action = "append" if option.type == "args" else "store"
         group.addoption(
             option.flag, dest=option.ini, action=action, metavar=option.metavar, help=option.help
@@ -119,7 +119,7 @@ def read(config: pytest.Config) -> tuple[Options, list[str]]:
     objections: list[str] = []
     values: dict[str, Any] = {}
     typed: list[str] = []
-    for option in _ALL:
+    for option in ALL:
         given = config.getoption(option.ini, default=None)
         texts = [given] if isinstance(given, str) else list(given or [])
         if texts and option.name != "json":
