@@ -266,6 +266,42 @@ def test_every_option_has_its_twin_and_stands_in_one_group(pytester: pytest.Pyte
     assert "parity_properties (bool)" in text
 
 
+def test_junit_files_can_do_without_our_properties(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        FOUR.format(body="pass")
+        + "\ndef test_other(request):\n    request.node.user_properties.append(('a', 1))"
+    )
+    pytester.runpytest_inprocess("--junitxml=with.xml")
+    assert (pytester.path / "with.xml").read_text().count('name="parity_case"') == 4
+    pytester.makeini("[pytest]\nparity_properties = false")
+    pytester.runpytest_inprocess("--junitxml=without.xml")
+    text = (pytester.path / "without.xml").read_text()
+    assert "parity" not in text.replace("parity.matrix", "")
+    assert '<property name="a" value="1" />' in text
+
+
+def test_github_is_told_only_there_and_annotations_only_by_one(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytester.makepyfile(
+        test_it=FOUR.format(body="pass"), pytest_github_actions_annotate_failures=""
+    )
+    step = pytester.path / "step.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(step))
+    for value, plugins, told, annotated in (
+        ("false", (), False, False),
+        ("true", (), True, True),
+        ("true", ("-p", "pytest_github_actions_annotate_failures"), True, False),
+    ):
+        monkeypatch.setenv("GITHUB_ACTIONS", value)
+        step.write_text("")
+        pytester.syspathinsert()
+        result = pytester.runpytest_inprocess(*plugins)
+        result.assert_outcomes(failed=4)
+        assert bool(step.read_text()) is told
+        assert ("::error " in result.stdout.str()) is annotated
+
+
 SAY = """
 import multiprocessing.forkserver, pathlib, sys
 

@@ -55,12 +55,6 @@ def test_own(case):
     assert case["tp"] == 3
 
 
-def empty(run):
-    trace = parity.Trace()
-    trace.add("forward", "y", torch.zeros(0))
-    return trace
-
-
 def numbers(run):
     trace = parity.Trace()
     trace.add("forward", "y", torch.zeros(4))
@@ -72,8 +66,13 @@ def test_unsound(case):
     case.compare(numbers, numbers)
 
 
+@pytest.fixture(scope="session")
+def drawn():
+    return torch.rand(3)
+
+
 @parity.matrix(tp=[1])
-def test_drawn(case):
+def test_drawn(case, drawn):
     pytest.skip(f"drew {torch.randint(10**9, (1,)).item()}")
 
 
@@ -113,7 +112,13 @@ def properties(path: Path) -> dict[str, dict[str, str]]:
 @pytest.fixture
 def everything(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     pytester.makepyfile(test_it=EVERYTHING)
-    pytester.makeini("[pytest]\naddopts = --junitxml=junit.xml --parity-json=report.json")
+    pytester.makeini(
+        """
+        [pytest]
+        addopts = --junitxml=junit.xml --parity-json=report.json
+        parity_device = cpu
+        """
+    )
     return pytester
 
 
@@ -238,15 +243,35 @@ def test_what_is_said_of_every_kind_of_end(
     )
 
 
+TWO_GPUS = """
+import pytest
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure_node(node):
+    assert node.workerinput["parity_gpus"] == 0
+    node.workerinput["parity_gpus"] = 2
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    from parity.plugin.shared import SHARED
+
+    shared = session.config.stash[SHARED]
+    if hasattr(session.config, "workerinput") and shared.gpus == 2 and "kept" in vars(shared):
+        pathlib.Path("kept").write_text(shared.kept._folder)
+"""
+
+
 def test_workers_find_the_same_and_the_controller_says_it(
     everything: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTEST_PLUGINS", "parity.plugin,xdist.plugin")
-    everything.makeconftest(SAY)
+    everything.makeconftest(SAY + TWO_GPUS)
     result = everything.runpytest_subprocess("-n2", "--dist=loadfile")
     check_everything(everything, result)
     assert (everything.path / "loaded-first").read_text() == "torch False, server False"
     assert (everything.path / "loaded-worker").read_text() == "torch True, server True"
+    # Workers take the number of GPUs from the controller, and leave no folder.
+    assert not Path((everything.path / "kept").read_text()).exists()
     assert "::error" not in result.stdout.str()
 
 

@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 
-from parity.plugin import github, gpus, summary, timeouts
+from parity.case import Case
+from parity.launcher import Backend
+from parity.plan import Baseline, Packed, Plan
+from parity.plugin import github, gpus, running, summary, timeouts
 from parity.plugin.early import will_need_ranks
 from parity.plugin.row import COULD_NOT, DIFFERS, FAILED, KEY, PASSED, SKIPPED, Row, take
+from parity.run import Result
+from parity.subject.check import Kept
 
 ROWS = {
     "a.py::test[tp1]": Row(
@@ -211,3 +216,32 @@ def test_the_limit_is_that_of_the_marker_then_of_the_option_the_environment_the_
     assert timeouts.left(an_item(None, 6), elapsed=1) == 6 - 1 - 2
     assert timeouts.left(an_item(None, 1), elapsed=3) == 0.5
     assert timeouts.left(an_item(plugins=()), elapsed=3) == float("inf")
+
+
+def test_results_without_a_single_element_are_no_comparison() -> None:
+    result = Result(Case({"tp": 1}), "pass", [], 0.0)
+    state: Any = running.Running(0.0, None, [result], has_case=True)  # type: ignore[arg-type]
+    item: Any = SimpleNamespace(stash={running.RUNNING: state})
+    with pytest.raises(running.ComparedNothing, match="there is no element in any of its tensors"):
+        running.check_compared(item)
+
+
+def test_baselines_are_kept_whatever_the_deadline_of_a_case_is() -> None:
+    case, kept = Case({"tp": 1}), Kept()
+
+    def baselines(deadline: float, data: bytes = b"a") -> object:
+        packed = Packed("the baseline", data)
+        backend = Backend(deadline=deadline)
+        held = [Baseline("baseline", packed, case)]
+        session, _ = kept.session(
+            Plan(packed, held, [case], ["float64"], {}, {}, 1, 0, (), backend)
+        )
+        assert session.plan.backend.deadline == deadline
+        return session.baselines
+
+    assert baselines(10.0) is baselines(7.5)
+    assert baselines(10.0, b"b") is not baselines(10.0)
+    folder = Path(kept.folder(b"a"))
+    assert folder.is_dir()
+    kept.close()
+    assert not folder.parent.exists()
