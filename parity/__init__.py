@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from parity.errors import ParityError, RanksFailed, TraceError, UsageError
     from parity.launcher import Backend, launch
     from parity.modules import record_modules
+    from parity.offline.recorder import record
     from parity.ranks import world
     from parity.trace import Trace
 
@@ -26,6 +27,7 @@ __all__ = [
     "UsageError",
     "launch",
     "nudge",
+    "record",
     "record_modules",
     "world",
 ]
@@ -42,6 +44,7 @@ _HOME = {
     "TraceError": "errors",
     "UsageError": "errors",
     "nudge": "bounds",
+    "record": "offline.recorder",
     "record_modules": "modules",
     "world": "ranks",
 }
