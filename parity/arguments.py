@@ -59,8 +59,8 @@ def parser() -> argparse.ArgumentParser:
     difference = commands.add_parser(
         "diff",
         help="hold two runs that parity.record has recorded against each other",
-        epilog="exit status: 0 they agree; 1 they differ; 2 a mistake in the command or the folders, "
-        "or nothing was compared; 3 it could not be done",
+        epilog="exit status: 0 they agree; 1 they differ; 2 a mistake in the command or "
+        "the folders, or nothing was compared; 3 it could not be done",
     )
     _add_recordings(difference)
     return top

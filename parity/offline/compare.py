@@ -142,18 +142,19 @@ class Tally:
 
     def add_sketches(self, want: Spread, got: Spread, nudged: Sequence[Spread]) -> None:
         truth, mine = sketch_of(want), sketch_of(got)
-        self.off, self.truth = size_of(mine - truth) ** 2, size_of(truth) ** 2
+        length = norm_of(want)
+        self.off, self.truth = size_of(mine - truth) ** 2, length**2
         self.is_same = bool(torch.equal(truth, mine)) and want.dtype == got.dtype
         eps, fine = rounding(self.dtype), rounding(torch.float64)
         # Adding up a sketch of n elements rounds too, whatever the dtype of the tensor.
-        own = fine * sqrt(prod(want.shape)) * size_of(truth)
+        own = fine * sqrt(prod(want.shape)) * length
         if nudged:
             times = eps / rounding(nudged[0].dtype) if eps else 1.0
             moved = [size_of(sketch_of(other) - truth) * times for other in nudged]
-            square = sum(x * x for x in moved) / len(moved) + 2 * (eps * size_of(truth)) ** 2
+            square = sum(x * x for x in moved) / len(moved) + 2 * (eps * length) ** 2
             self.allowed = (self.bound.multiple * sqrt(square) + own) ** 2
         else:
-            self.allowed = (size_of(truth) * sqrt(2 * eps) + eps * self.bound.largest + own) ** 2
+            self.allowed = (length * sqrt(2 * eps) + eps * self.bound.largest + own) ** 2
         self.excess = sqrt(self.off / self.allowed) if self.allowed else inf * bool(self.off)
         self.place = ()
         for first, other in got.digests:
@@ -211,6 +212,16 @@ def assemble(spread: Spread, region: Box) -> Tensor:
         out[part.within(region)] = values
     assert out is not None
     return out
+
+
+def norm_of(spread: Spread) -> float:
+    """By the norms of its pieces, which every recording has, or about, by its sketch."""
+    firsts = [copies[0] for copies in spread.boxes]
+    norms = [source.terms[0].about.norm for source in firsts if len(source.terms) == 1]
+    known = [x for x in norms if x is not None]
+    if len(known) == len(firsts):
+        return sqrt(sum(x * x for x in known))
+    return size_of(sketch_of(spread))
 
 
 def sketch_of(spread: Spread) -> Tensor:

@@ -139,15 +139,15 @@ class Comparison:
         moved = [other.pieces(step) for other in self._with(step)]
         keys = sorted(want, key=lambda key: key[0] != "parameter")  # else as they were recorded
         largest: dict[str, float] = {}
-        for (check, _), pieces in want.items():
+        for key, pieces in want.items():
             norms = [p.about.norm or 0.0 for p in pieces]
-            largest[check] = max(largest.get(check, 0.0), *norms)
+            largest[_kind(key)] = max(largest.get(_kind(key), 0.0), *norms)
         for key in keys:
             if key not in got:
                 text = f"the candidate did not record it; the baseline has {_shape(want[key])}"
                 yield Judged(step, Verdict(Key(*key), "missing", text))
                 continue
-            bound = Bound(self.multiple, largest[key[0]])
+            bound = Bound(self.multiple, largest[_kind(key)])
             yield self._judge(step, key, want[key], got[key], [m[key] for m in moved], bound)
         for key, pieces in got.items():
             if key not in want:
@@ -207,6 +207,12 @@ class Comparison:
             return spread(got, self.b, near[0])
         mine = spread(got, self.b, ways[0])
         return mine._replace(findings=[_ambiguous(owner, ways)], is_whole=False)
+
+
+def _kind(key: tuple[str, str]) -> str:
+    """Tensors of one kind are of sizes that can be compared: squared gradients are not."""
+    check, name = key
+    return f"{check} {name.rpartition(' of ')[0] if check == 'state' else ''}"
 
 
 def _shape(pieces: Sequence[Stored]) -> str:

@@ -27,7 +27,7 @@ _ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # of 
 
 
 def sketch(tensor: Tensor, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Of the piece at `offset` of a whole of `shape`: float64, twice as long for complex numbers."""
+    """Of the piece at `offset` of a whole of `shape`: float64; of complex numbers two."""
     parts = [tensor] if not tensor.is_complex() else list(torch.view_as_real(tensor).unbind(-1))
     return torch.cat([_sketch(part, tuple(offset), tuple(shape)) for part in parts])
 
