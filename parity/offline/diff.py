@@ -88,7 +88,7 @@ def _objections(a: Recorded, b: Recorded, nudged: Sequence[Recorded]) -> Iterato
         if not number:
             yield (
                 f"--nudged {other.folder}: it was recorded with nudge 0; expected a recording of "
-                "the baseline that was moved; record it with PARITY_NUDGE=1 (and 2, 3, 4)"
+                "the baseline that was moved; record it with PARITY_NUDGE=1 (and 2, 3, ...)"
             )
         elif number in seen:
             yield (

@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from parity.bounds import LOOSE
 from parity.judge import Verdict
+from parity.offline.compare import multiple
 from parity.offline.diff import Judged, Report
 from parity.offline.read import Recorded
 
@@ -143,13 +144,11 @@ def notes(report: Report) -> Iterator[str]:
 
 def _bounds(report: Report) -> Iterator[str]:
     if n := len(report.nudged):
-        from parity.offline.compare import multiple
-
         yield f"bounds: {multiple(n):,.0f} times the noise that {n} nudged recordings show"
         return
     yield (
         "bounds: half of the digits, which is a guess; measured ones are sharper: record the "
-        "baseline 4 times more, with PARITY_NUDGE=1 to 4, and give each by --nudged FOLDER"
+        "baseline 8 times more, with PARITY_NUDGE=1 to 8, and give each by --nudged FOLDER"
     )
 
 

@@ -416,7 +416,7 @@ def test_nudged_recordings_that_are_none(baseline: Path, tmp_path: Path) -> None
     plain = write(tmp_path / "plain", ONES, G)
     assert refused(baseline, b, *moved[:3], plain) == (
         f"--nudged {plain}: it was recorded with nudge 0; expected a recording of the baseline "
-        "that was moved; record it with PARITY_NUDGE=1 (and 2, 3, 4)"
+        "that was moved; record it with PARITY_NUDGE=1 (and 2, 3, ...)"
     )
     assert refused(baseline, b, *moved[:3]).startswith(
         "--nudged: 3 recordings; expected an even number, 4 or more (with 4 the bound is "
