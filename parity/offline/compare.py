@@ -64,6 +64,16 @@ def judge(key: Key, want: Spread, got: Spread, nudged: Sequence[Spread], bound: 
     return tally.verdict(verdict, prod(want.shape))
 
 
+def split_of(spread: Spread) -> str:
+    """Which of its copies differ, in words; nothing, if none do."""
+    tally = Tally(spread.dtype, Bound(1.0, 1.0))
+    if spread.is_sketch:
+        tally.compare_digests(spread)
+    for region in () if spread.is_sketch else regions(spread.shape):
+        tally.compare_copies(spread, region)
+    return tally.split_text()
+
+
 def _are_comparable(a: torch.dtype, b: torch.dtype) -> bool:
     return a == b or (a.is_floating_point and b.is_floating_point)
 
@@ -81,14 +91,16 @@ class Tally:
         self.excess, self.got, self.want = 0.0, 0.0, 0.0
         self.place: tuple[int, ...] = ()
         self.nonfinite, self.is_same = 0, True
+        self.is_truth_finite = True
         self.splits: dict[tuple[int, int], tuple[int, float]] = {}
 
     def add(self, region: Box, want: Spread, got: Spread, nudged: Sequence[Spread]) -> None:
         exact, mine = assemble(want, region), assemble(got, region)
-        self._compare_copies(got, region)
+        self.compare_copies(got, region)
         self.nonfinite += mine.numel() - int(mine.isfinite().sum())
         self.is_same &= same_bits(exact, mine)
         truth = as_float64(exact)
+        self.is_truth_finite &= bool(truth.isfinite().all())
         if rounding(self.dtype) == 0.0:
             difference = (mine != exact).double()
         else:
@@ -117,7 +129,7 @@ class Tally:
         squares = rows(truth).square().sum(1)
         return (squares + squares.mean()).sqrt() * sqrt(eps) + eps * self.bound.largest
 
-    def _compare_copies(self, got: Spread, region: Box) -> None:
+    def compare_copies(self, got: Spread, region: Box) -> None:
         for first, *others in got.boxes:
             part = common(first.box, region) if others else None
             if part is None:
@@ -143,6 +155,7 @@ class Tally:
     def add_sketches(self, want: Spread, got: Spread, nudged: Sequence[Spread]) -> None:
         truth, mine = sketch_of(want), sketch_of(got)
         length = norm_of(want)
+        self.is_truth_finite = bool(truth.isfinite().all())
         self.off, self.truth = size_of(mine - truth) ** 2, length**2
         self.is_same = bool(torch.equal(truth, mine)) and want.dtype == got.dtype
         eps, fine = rounding(self.dtype), rounding(torch.float64)
@@ -157,10 +170,13 @@ class Tally:
             self.allowed = (length * sqrt(2 * eps) + eps * self.bound.largest + own) ** 2
         self.excess = sqrt(self.off / self.allowed) if self.allowed else inf * bool(self.off)
         self.place = ()
-        for first, other in got.digests:
-            self._split(first, other, -1, size_of(first.sketch() - other.sketch()))
+        self.compare_digests(got)
         terms = [term for copies in got.boxes for term in copies[0].terms]
         self.nonfinite = sum(term.about.nonfinite for term in terms)
+
+    def compare_digests(self, got: Spread) -> None:
+        for first, other in got.digests:
+            self._split(first, other, -1, size_of(first.sketch() - other.sketch()))
 
     def verdict(self, start: Verdict, elements: int) -> Verdict:
         distance, allowed, scale = sqrt(self.off), sqrt(self.allowed), sqrt(self.truth)
@@ -175,8 +191,11 @@ class Tally:
         if self.nonfinite:
             text = f"{self.nonfinite} of {elements} elements are not finite"
             return verdict._replace(status="nan", text=text)
+        if not self.is_truth_finite or not isfinite(self.off + self.allowed):
+            text = "of the baseline itself: its elements, or their squares, are not finite"
+            return verdict._replace(status="nan", text=text)
         if self.splits:
-            return verdict._replace(status="split", text=self._split_text(elements))
+            return verdict._replace(status="split", text=self.split_text())
         if self.is_same:
             return verdict._replace(status="exact")
         if self.excess > 1:
@@ -184,7 +203,10 @@ class Tally:
             return verdict._replace(status=status, place=self.place, got=self.got, want=self.want)
         return verdict
 
-    def _split_text(self, elements: int) -> str:
+    def split_text(self) -> str:
+        """Of the first two copies that differ; nothing, if none do."""
+        if not self.splits:
+            return ""
         (a, b), (count, far) = next(iter(self.splits.items()))
         if count < 0:
             return f"ranks {a} and {b} hold different copies (their sketches are {far:.1e} apart)"

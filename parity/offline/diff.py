@@ -13,7 +13,7 @@ from parity.errors import PARITY_FAILURE, PASSED, UsageError
 from parity.evidence import FITS
 from parity.judge import Verdict
 from parity.offline.boxes import regions
-from parity.offline.compare import Bound, assemble, judge, multiple
+from parity.offline.compare import Bound, assemble, judge, multiple, split_of
 from parity.offline.hints import Products, hints
 from parity.offline.read import Recorded, Stored, open_recording
 from parity.offline.spread import Cut, Spread, cuts, spread
@@ -177,6 +177,9 @@ class Comparison:
             finding = truth.findings[0]
             text = f"of the baseline itself: {finding.text}; record it on one process, or with a "
             return Judged(step, Verdict(Key(*key), finding.status, f"{text}layout"))
+        if said := split_of(truth):
+            text = f"of the baseline itself: {said}; where these are parts, record it with a layout"
+            return Judged(step, Verdict(Key(*key), "split", text))
         mine = self._place(key, truth, got)
         noise = [spread(pieces, other) for pieces, other in zip(moved, self.nudged, strict=True)]
         verdict = judge(Key(*key), truth, mine, noise, bound)

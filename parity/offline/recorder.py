@@ -118,6 +118,7 @@ class Recorder:
         self._rename, self._is_sketch = rename, is_sketch
         self._steps = range(steps) if isinstance(steps, int) else steps
         self._step, self._began = 0, False
+        self._has_gradients = False  # of this step
         self._optimizer: Any = None
         self._held: list[Held] = []
         self._seen: Counter[str] = Counter()  # losses and calls of modules in this step
@@ -167,10 +168,11 @@ class Recorder:
 
     def gradients(self) -> None:
         """The gradients as they are now; called before the optimizer uses them."""
+        if self._has_gradients:
+            self._end()  # of a step whose state was not asked for
+        self._has_gradients = True
         if not self._is_wanted:
             return
-        if any(held.about["check"] == "gradient" for held in self._held):
-            self._end()  # of a step whose state was not asked for
         if not self._began:
             self._began = True
             for name, parameter in self._named():
@@ -212,6 +214,7 @@ class Recorder:
         if self._held:
             write_step(self._folder, self._step, self._rules.where.rank, self._held)
         self._held, self._step = [], self._step + 1
+        self._has_gradients = False
         self._seen.clear()
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:

@@ -127,6 +127,52 @@ def test_what_is_not_finite(baseline: Path, tmp_path: Path) -> None:
     assert (status, said) == ("nan", "2 of 24 elements are not finite")
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e200])
+@pytest.mark.parametrize("options", [{}, {"sketch": True}])
+def test_a_baseline_that_is_not_finite_is_not_agreed_with(
+    value: float, options: dict[str, Any], tmp_path: Path
+) -> None:
+    ones, other = torch.ones(100).double(), torch.ones(100).double()
+    other[3] = value
+    write(tmp_path / "a", {"w": ones}, {"w": other}, **options)
+    write(tmp_path / "b", {"w": ones}, {"w": ones})
+    report = compare(tmp_path / "a", tmp_path / "b")
+    assert wrong(report) == {"gradient of w": "nan"}
+    assert report.wrong[0].verdict.text == (
+        "of the baseline itself: its elements, or their squares, are not finite"
+    )
+
+
+def test_a_baseline_of_several_ranks(tmp_path: Path) -> None:
+    ranks = [({"tp": i}, {"w": G["w"].chunk(2)[i]}) for i in range(2)]
+    cut = write_all(tmp_path / "cut", ranks, layout={"w": {0: "tp"}})
+    whole = write(tmp_path / "whole", ONES, G)
+    assert not compare(cut, whole).wrong
+    unsaid = write_all(tmp_path / "unsaid", ranks)
+    assert not compare(whole, unsaid).wrong
+    report = compare(unsaid, cut)
+    text = report.wrong[1].verdict.text
+    assert text.startswith("of the baseline itself: ranks 0 and 1 hold different copies (12 elem")
+    assert text.endswith("; where these are parts, record it with a layout")
+
+
+def test_a_sum_is_made_of_all_its_terms(baseline: Path, tmp_path: Path) -> None:
+    """As DTensors that are Partial are recorded; here by the loss, which is declared so."""
+    with recorder(tmp_path / "one", ONES) as recording:
+        recording.loss(6.0)
+    for rank in range(4):
+        at = {"dp": rank // 2, "tp": rank % 2}
+        with recorder(tmp_path / "four", ONES, rank, 4, at=at) as recording:
+            recording.loss(2.0 + 2 * at["dp"], total="dp")
+    report = compare(tmp_path / "one", tmp_path / "four")
+    assert not report.wrong
+    assert report.judged[0].verdict.copies == 1  # the sums that tp=0 and tp=1 make
+    for rank in range(2):
+        with recorder(tmp_path / "few", ONES, rank, 2, at={"dp": 0, "tp": rank}) as recording:
+            recording.loss(6.0, total="dp")
+    assert not compare(tmp_path / "one", tmp_path / "few").wrong
+
+
 def test_missing_and_extra(tmp_path: Path) -> None:
     write(tmp_path / "a", {"v": torch.ones(2), **ONES}, G)
     write(tmp_path / "b", {"u": torch.ones(3), **ONES}, {"u": torch.ones(3)})

@@ -320,3 +320,12 @@ def test_a_stage_of_a_pipeline_need_not_hold_all_that_the_layout_names(tmp_path:
     at, sizes = {"tp": 0, "pp": 1}, {"tp": 1, "pp": 2}
     recorder(tmp_path / "a", W, 1, 2, at=at, sizes=sizes, layout=layout)
     recorder(tmp_path / "b", W, 1, 2, at={"tp": 0}, rename={"x": "y"}, layout=layout)
+
+
+def test_gradients_alone_of_some_steps(tmp_path: Path) -> None:
+    model = Model({"w": torch.ones(2)})
+    model.get_parameter("w").grad = torch.ones(2)
+    with parity.record(model, tmp_path, steps=[1]) as recording:
+        for _ in range(4):
+            recording.gradients()
+    assert [path.name for path in tmp_path.glob("step*")] == ["step1-rank0.safetensors"]
