@@ -78,6 +78,14 @@ def test_an_average_that_is_missing(baseline: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_no_hint_where_nothing_simple_fits(baseline: Path, tmp_path: Path) -> None:
+    """What the ranks hold adds up to the baseline and as much again of something else."""
+    part, rest = torch.randn(6, 4), torch.randn(6, 4)
+    rest -= G["w"] * (rest * G["w"]).sum() / G["w"].square().sum()
+    _, _, hints = found(baseline, tmp_path / "b", [part, G["w"] + rest - part])
+    assert hints == []
+
+
 def test_a_factor(baseline: Path, tmp_path: Path) -> None:
     status, _, hints = found(baseline, tmp_path / "b", [G["w"] / 2, G["w"] / 2])
     assert status == "differs"
@@ -173,6 +181,43 @@ def test_a_sum_is_made_of_all_its_terms(baseline: Path, tmp_path: Path) -> None:
     assert not compare(tmp_path / "one", tmp_path / "few").wrong
 
 
+def test_a_sum_that_lacks_a_term(tmp_path: Path) -> None:
+    for rank, folder in ((0, "one"), (0, "two"), (1, "two")):
+        world = 1 if folder == "one" else 2
+        recording = recorder(tmp_path / folder, ONES, rank, world, at={"dp": rank})
+        if rank == 0:
+            recording.loss(3.0, total="dp")
+        recording.state()
+    report = compare(tmp_path / "one", tmp_path / "two")
+    assert wrong(report) == {"loss of loss": "hole"}
+    assert report.wrong[0].verdict.text == "the sum over dp needs 2 ranks, 1 have it"
+
+
+def test_a_baseline_with_a_hole(tmp_path: Path) -> None:
+    ranks = [({"tp": i}, {"w": G["w"].chunk(2)[i]}) for i in range(2)]
+    rank = write(tmp_path / "b", ONES, G)
+    boxes = type(
+        "Boxes", (), {"shape": (6, 4), "boxes": [((0, 0), (3, 4), torch.arange(12).view(3, 4))]}
+    )
+    hole = write_all(tmp_path / "hole", ranks, layout={"w": boxes()})
+    report = compare(hole, rank)
+    assert wrong(report)["gradient of w"] == "hole"
+    assert report.wrong[0].verdict.text == (
+        "of the baseline itself: 12 of 24 elements are on no rank; record it on one process, or "
+        "with a layout"
+    )
+
+
+def test_the_parameters_come_first_whatever_was_recorded_first(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        with recorder(tmp_path / name, ONES) as recording:
+            recording.loss(1.0)
+            recording.gradients()
+            recording.state()
+    report = compare(tmp_path / "a", tmp_path / "b")
+    assert [j.verdict.key.check for j in report.judged] == ["parameter", "loss", "state"]
+
+
 def test_missing_and_extra(tmp_path: Path) -> None:
     write(tmp_path / "a", {"v": torch.ones(2), **ONES}, G)
     write(tmp_path / "b", {"u": torch.ones(3), **ONES}, {"u": torch.ones(3)})
@@ -237,7 +282,10 @@ def test_a_gradient_that_is_nothing_but_rounding(tmp_path: Path) -> None:
     both = {"big": torch.ones(50), "none": torch.ones(6)}
     write(tmp_path / "a", both, {"big": torch.ones(50), "none": torch.full((6,), 1e-8)})
     write(tmp_path / "b", both, {"big": torch.ones(50), "none": torch.full((6,), -3e-8)})
-    assert not compare(tmp_path / "a", tmp_path / "b").wrong
+    report = compare(tmp_path / "a", tmp_path / "b")
+    assert not report.wrong
+    (none,) = (j.verdict for j in report.judged if str(j.verdict.key) == "gradient of none")
+    assert none.error < 1e-7  # of its companions; of itself it would be 4
 
 
 def test_losses_of_parts_of_the_batch(tmp_path: Path) -> None:
@@ -257,11 +305,14 @@ def test_losses_of_parts_of_the_batch(tmp_path: Path) -> None:
     ]
 
 
-def nudged(folder: Path, run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> list[Path]:
+Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+def nudged(folder: Path, run: Run, parameters: Mapping[str, Tensor] = ONES) -> list[Path]:
     """Recordings of `run`: parameters to gradients, each parameter moved by a rounding."""
     folders = []
     for number in range(9):
-        recording = recorder(folder / str(number), ONES, nudge=number)
+        recording = recorder(folder / str(number), parameters, nudge=number)
         model = recording._model
         gradients = run({n: p.detach() for n, p in model.named_parameters()})
         for name, parameter in model.named_parameters():
@@ -286,6 +337,39 @@ def test_nudged_recordings_measure_the_noise(options: dict[str, Any], tmp_path: 
     assert wrong(report) == {"gradient of w": "differs"}
     assert "bounds: 76 times the noise that 8 nudged recordings show" in text(report)
     assert f"--nudged {moved[0]} --nudged {moved[1]}" in text(report)
+
+
+def test_noise_is_that_of_the_row(tmp_path: Path) -> None:
+    """A row that is a thousand times as large, and as noisy, excuses no other."""
+    large = G["w"] * torch.tensor([1e4, 1, 1, 1, 1, 1])[:, None]
+    first, *moved = nudged(tmp_path / "n", lambda p: {"w": large * p["w"]})
+    other = large.clone()
+    other[3] += 1e-3
+    write(tmp_path / "b", ONES, {"w": other})
+    report = compare(first, tmp_path / "b", *moved)
+    assert wrong(report) == {"gradient of w": "differs"}
+    assert report.wrong[0].verdict.place[0] == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"sketch": True}])
+def test_noise_of_a_finer_dtype_is_made_that_of_the_coarser(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The baseline and its noise in float64; what is a rounding in float32 is allowed there.
+
+    Its terms cancel, so that the noise is far above a rounding of the result.
+    """
+    fine = torch.randn(6, 4).double()
+
+    def cancelling(p: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {"w": fine * (p["w"] * 1000 - 999)}
+
+    double = {"w": ONES["w"].double()}
+    first, *moved = nudged(tmp_path / "n", cancelling, double)
+    write(tmp_path / "right", ONES, {"w": (fine * (1 + 1e-3)).float()}, **options)
+    write(tmp_path / "bad", ONES, {"w": (fine * (1 + 1e-1)).float()}, **options)
+    assert not compare(first, tmp_path / "right", *moved).wrong
+    assert wrong(compare(first, tmp_path / "bad", *moved)) == {"gradient of w": "differs"}
 
 
 def sketches(folder: Path, gradients: list[Tensor]) -> Path:
@@ -466,6 +550,11 @@ def test_nudged_recordings_that_are_none(baseline: Path, tmp_path: Path) -> None
     )
     assert refused(baseline, b, *moved[:3]).startswith(
         "--nudged: 3 recordings; expected an even number, 4 or more (with 4 the bound is "
+    )
+    short = write(tmp_path / "short", ONES, G, nudge=6)
+    (short / "step0-rank0.safetensors").rename(short / "step1-rank0.safetensors")
+    assert refused(baseline, b, *moved[:3], short).startswith(
+        f"--nudged {short}: it does not have what the baseline has of step 0; expected recordings"
     )
     other = write(tmp_path / "other", {"v": torch.ones(2)}, nudge=5)
     assert refused(baseline, b, *moved[:3], other) == (

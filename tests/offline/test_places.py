@@ -126,6 +126,19 @@ def test_two_axes_that_cut_one_dimension_are_told_apart_by_values(tmp_path: Path
     assert not compare(tmp_path / "a", tmp_path / "b").wrong
 
 
+def test_the_place_of_a_parameter_is_that_of_its_wrong_gradient(tmp_path: Path) -> None:
+    """Whose own values would not tell: it could be cut over dp or over tp."""
+    whole = torch.randn(8, 3)
+    write(tmp_path / "a", {"w": whole}, {"w": whole})
+    for rank, (dp, tp) in enumerate(product(range(2), range(2))):
+        part = {"w": whole.chunk(2)[tp]}
+        gradient = {"w": 2 * part["w"]}
+        write(tmp_path / "b", part, gradient, rank, 4, at={"dp": dp, "tp": tp})
+    report = compare(tmp_path / "a", tmp_path / "b")
+    assert wrong(report) == {"gradient of w": "differs"}
+    assert report.wrong[0].hints[0].startswith("it is 2 (dp or tp) times the baseline")
+
+
 def test_where_neither_shapes_nor_values_tell_the_line_to_add_is_said(tmp_path: Path) -> None:
     gradient = torch.randn(8, 3)
     write(tmp_path / "a", {"up.w": torch.ones(8, 3)}, {"up.w": gradient})
@@ -190,3 +203,23 @@ def test_pieces_that_do_not_tile_the_whole(
     report = compare(tmp_path / "a", tmp_path / "b")
     assert wrong(report)["gradient of w"] == status
     assert report.wrong[0].verdict.text == text
+
+
+def test_ranks_that_disagree_about_the_whole(tmp_path: Path) -> None:
+    write(tmp_path / "a", {"w": torch.ones(8)}, {"w": torch.ones(8)})
+    part = {"w": torch.ones(4)}
+    for rank, n in enumerate((8, 9)):
+        boxes = Boxes((n,), [((4 * rank,), (4,), torch.arange(4))])
+        write(tmp_path / "b", part, part, rank, 2, at={"tp": rank}, layout={"w": boxes})
+    report = compare(tmp_path / "a", tmp_path / "b")
+    assert report.wrong[0].verdict.text == (
+        "ranks disagree about the shape: rank 0 says (8,), rank 1 says (9,)"
+    )
+
+
+def test_pieces_that_add_up_for_some_ranks_only(tmp_path: Path) -> None:
+    write(tmp_path / "a", {"w": torch.ones(8)}, {"w": torch.ones(8)})
+    sizes = {(0, 0): 4, (0, 1): 4, (1, 0): 3, (1, 1): 3}
+    ranks = [({"dp": dp, "tp": tp}, {"w": torch.ones(n)}) for (dp, tp), n in sizes.items()]
+    report = compare(tmp_path / "a", write_all(tmp_path / "b", ranks))
+    assert report.wrong[0].verdict.text.startswith("along no axis do its pieces add up to")
