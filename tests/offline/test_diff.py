@@ -427,6 +427,20 @@ def test_sketches_of_shards(tmp_path: Path) -> None:
     assert not compare(tmp_path / "a", tmp_path / "b").wrong
 
 
+def test_sketches_of_what_a_layout_cuts_evenly(tmp_path: Path) -> None:
+    whole = torch.randn(16, 30)
+    write(tmp_path / "a", {"w": whole}, {"w": whole})
+    sizes = {"dp": 2, "tp": 2, "cp": 3}
+    for rank in range(12):
+        at = {"dp": rank // 6, "tp": rank // 3 % 2, "cp": rank % 3}
+        rows = whole.chunk(4)[2 * at["dp"] + at["tp"]]
+        part = {"w": rows.chunk(3, 1)[at["cp"]].contiguous()}
+        options: dict[str, Any] = {"at": at, "sizes": sizes, "sketch": True}
+        layout = {"w": {0: ("dp", "tp"), 1: "cp"}}
+        write(tmp_path / "b", part, part, rank, 12, layout=layout, **options)
+    assert not compare(tmp_path / "a", tmp_path / "b").wrong
+
+
 def test_sketches_that_are_not_finite(baseline: Path, tmp_path: Path) -> None:
     other = G["w"].clone()
     other[0, 0] = float("nan")

@@ -62,6 +62,13 @@ def record_dtensors(folder: Path) -> str:
                 model.w.grad = dtensor(slope, mesh, gradients)
                 recording.gradients()
                 recording.state()
+    uneven = WHOLE[:5] if at[1] == 0 else WHOLE[5:]  # torch would make it 4 and 3
+    model = nn.Module()
+    part = dtensor(uneven, mesh, [Replicate(), Shard(0)])
+    model.register_parameter("w", nn.Parameter(part))
+    with parity.record(model, folder / "uneven") as recording:
+        recording.gradients()
+        recording.state()
     said = []
     recording = parity.record(model, folder / "max")
     model.w.grad = dtensor(WHOLE, mesh, [Partial("max"), Replicate()])
@@ -91,6 +98,12 @@ def test_placements(case: str, recorded: tuple[Path, str]) -> None:
     report = compare(folder / "one", folder / f"{case}, right")
     assert not report.wrong, [j.verdict for j in report.wrong]
     assert wrong(compare(folder / "one", folder / f"{case}, wrong")) == {"gradient of w": "differs"}
+
+
+def test_a_placement_that_cannot_be_is_found_by_shapes(recorded: tuple[Path, str]) -> None:
+    report = compare(recorded[0] / "one", recorded[0] / "uneven")
+    assert wrong(report) == {"gradient of w": "missing"}
+    assert {j.verdict.status for j in report.judged} == {"exact", "missing"}
 
 
 def test_what_is_refused(recorded: tuple[Path, str]) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 import parity
 from parity import UsageError
 from parity.offline.names import plain
-from tests.offline.ranks import Model, recorder, write
+from tests.offline.ranks import Model, compare, recorder, write
 
 
 def records(folder: Path, step: int, rank: int = 0) -> list[tuple[str, str]]:
@@ -175,6 +175,9 @@ def test_a_second_recording_in_one_folder_is_refused_and_the_first_stays(tmp_pat
         "new folder; name another, or remove this one first. Nothing in it was changed"
     )
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "rank0.json").unlink()  # what is left of one is not written over either
+    with pytest.raises(UsageError, match="it holds a recording of rank 0 already"):
+        write(tmp_path, {"w": torch.zeros(2)})
     write(tmp_path, {"w": torch.ones(2)}, rank=1, world=2)  # of another rank: that is how it is
 
 
@@ -309,10 +312,12 @@ def test_a_loss_over_an_axis_that_there_is_not(tmp_path: Path) -> None:
 
 def test_on_one_process_a_layout_for_many_is_no_mistake(tmp_path: Path) -> None:
     layout = {"up.w": {0: "tp"}}
-    recording = recorder(tmp_path, W, layout=layout)
-    recording.loss(1.0, mean="dp")
-    recording.state()
-    assert records(tmp_path, 0) == [("loss", "loss"), ("state", "up.w")]
+    for name in ("a", "b"):
+        recording = recorder(tmp_path / name, W, layout=layout)
+        recording.loss(1.0, mean="dp")
+        recording.state()
+    assert records(tmp_path / "a", 0) == [("loss", "loss"), ("state", "up.w")]
+    assert not compare(tmp_path / "a", tmp_path / "b").wrong
 
 
 def test_a_stage_of_a_pipeline_need_not_hold_all_that_the_layout_names(tmp_path: Path) -> None:

@@ -77,6 +77,10 @@ def test_two_errors_do_not_cancel(n: int) -> None:
             assert 0.6 < size(whole(x)) < 2.1
 
 
+def test_elements_of_one_sign_do_not_add_up_to_more() -> None:
+    assert size(whole(torch.ones(10_000))) == pytest.approx(100.0, rel=0.3)
+
+
 def test_a_rearrangement_is_seen() -> None:
     x = torch.randn(40, 40, dtype=torch.float64)
     off = size(whole(x.T.contiguous()) - whole(x)) / size(whole(x))
