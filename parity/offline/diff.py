@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -136,7 +136,7 @@ class Comparison:
 
     def step(self, step: int) -> Iterator[Judged]:
         want, got = self.a.pieces(step), self.b.pieces(step)
-        moved = [other.pieces(step) for other in self._with(step)]
+        moved = [_moved(other, step, want) for other in self.nudged]
         keys = sorted(want, key=lambda key: key[0] != "parameter")  # else as they were recorded
         largest: dict[str, float] = {}
         for key, pieces in want.items():
@@ -153,15 +153,6 @@ class Comparison:
             if key not in want:
                 text = f"the baseline did not record it; the candidate has {_shape(pieces)}"
                 yield Judged(step, Verdict(Key(*key), "extra", text))
-
-    def _with(self, step: int) -> Sequence[Recorded]:
-        for other in self.nudged:
-            if step not in other.steps or other.pieces(step).keys() != self.a.pieces(step).keys():
-                raise UsageError(
-                    f"--nudged {other.folder}: it does not have what the baseline has of step "
-                    f"{step}; expected recordings of one and the same program; record it anew"
-                )
-        return self.nudged
 
     def _judge(
         self,
@@ -210,6 +201,19 @@ class Comparison:
             return spread(got, self.b, near[0])
         mine = spread(got, self.b, ways[0])
         return mine._replace(findings=[_ambiguous(owner, ways)], is_whole=False)
+
+
+def _moved(
+    other: Recorded, step: int, want: Mapping[tuple[str, str], object]
+) -> Mapping[tuple[str, str], Sequence[Stored]]:
+    """The step of a nudged recording, which has what the baseline has."""
+    pieces = other.pieces(step) if step in other.steps else {}
+    if pieces.keys() != want.keys():
+        raise UsageError(
+            f"--nudged {other.folder}: it does not have what the baseline has of step {step}; "
+            "expected recordings of one and the same program; record it anew"
+        )
+    return pieces
 
 
 def _kind(key: tuple[str, str]) -> str:

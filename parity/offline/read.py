@@ -20,7 +20,6 @@ from torch import Tensor
 from parity.errors import UsageError
 from parity.offline.boxes import Box
 
-SCHEMA = 1
 _MOST_READ = 8 << 20  # bytes, of all files together, before they are closed
 _STEP = re.compile(r"step(\d+)-rank(\d+)\.safetensors")
 

@@ -72,22 +72,9 @@ def record(
     is_stage = rename is not None or where.sizes.get("pp", 1) > 1
     objections = rules.objections(shapes, is_stage)
     objections += [] if shapes else ["model: it has no parameters; expected a model to record"]
-    if amount and world > 1:
-        objections.append(
-            f"nudge: {amount}, on {world} ranks; expected a run of one process, since copies on "
-            "several ranks would be moved apart; unset PARITY_NUDGE for this run"
-        )
-    if sketch and activations:
-        objections.append(
-            "sketch: with activations=True; a sketch needs the place of a tensor, which is not "
-            "known of activations; leave out one of the two"
-        )
-    if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
-        objections.append(
-            f"optimizer: a {type(optimizer).__name__} has no register_step_post_hook; expected a "
-            "torch.optim.Optimizer; give the one inside of it, or leave it out and call "
-            ".gradients() before each step and .state(optimizer) after it"
-        )
+    objections += _contradictions(
+        optimizer, amount, world, is_sketch=sketch, has_activations=activations
+    )
     if sketch:
         objections += _unplaced(model, names, rules)
     if objections:
@@ -244,6 +231,30 @@ class Recorder:
             if self._is_sketch:
                 piece = _sketchable(check, name, piece, self._rules.where)
             self._held.append(hold(check, name, piece, is_sketch=self._is_sketch))
+
+
+def _contradictions(
+    optimizer: Any, nudge: int, world: int, *, is_sketch: bool, has_activations: bool
+) -> Iterator[str]:
+    """Options that do not go together, or that this run cannot have."""
+    if nudge < 0:
+        yield f"nudge: {nudge}; expected a whole number, 0 for none; correct it"
+    if nudge and world > 1:
+        yield (
+            f"nudge: {nudge}, on {world} ranks; expected a run of one process, since copies on "
+            "several ranks would be moved apart; unset PARITY_NUDGE for this run"
+        )
+    if is_sketch and has_activations:
+        yield (
+            "sketch: with activations=True; a sketch needs the place of a tensor, which is not "
+            "known of activations; leave out one of the two"
+        )
+    if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
+        yield (
+            f"optimizer: a {type(optimizer).__name__} has no register_step_post_hook; expected a "
+            "torch.optim.Optimizer; give the one inside of it, or leave it out and call "
+            ".gradients() before each step and .state(optimizer) after it"
+        )
 
 
 def _rank_and_world() -> tuple[int, int]:

@@ -47,6 +47,7 @@ def write(
     rank: int = 0,
     world: int = 1,
     steps: int = 1,
+    has_state: bool = True,
     **options: Any,
 ) -> Path:
     """A rank's recording: gradients, and parameters after steps that do nothing."""
@@ -57,7 +58,9 @@ def write(
             parameter.grad = gradients[name].clone()
     for _ in range(steps):
         recording.gradients()
-        recording.state()
+        if has_state:
+            recording.state()
+    recording.close()
     return folder
 
 

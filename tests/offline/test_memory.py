@@ -36,11 +36,11 @@ print(memory("VmHWM") - floor)
 def test_the_peak_stays_below_three_times_the_largest_tensor(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(4096, 4096, generator=generator)
-    baseline = write(tmp_path / "a", {"w": value}, {"w": value})
+    baseline = write(tmp_path / "a", {"w": value}, {"w": value}, has_state=False)
     for rank in range(4):
         part = {"w": value.chunk(4, dim=1)[rank].contiguous()}
         thrice = {"w": 3 * part["w"]}  # wrong, so that it is looked at more closely, too
-        write(tmp_path / "b", part, thrice, rank, 4, at={"tp": rank})
+        write(tmp_path / "b", part, thrice, rank, 4, has_state=False, at={"tp": rank})
     arguments = [sys.executable, "-c", PROGRAM, str(baseline), str(tmp_path / "b")]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
     peak, largest = int(done.stdout), value.numel() * value.element_size()

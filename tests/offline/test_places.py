@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from parity.offline.place import shard
-from tests.offline.ranks import compare, write, write_all, wrong
+from tests.offline.ranks import compare, recorder, write, write_all, wrong
 
 At = dict[str, int]
 
@@ -223,3 +223,21 @@ def test_pieces_that_add_up_for_some_ranks_only(tmp_path: Path) -> None:
     ranks = [({"dp": dp, "tp": tp}, {"w": torch.ones(n)}) for (dp, tp), n in sizes.items()]
     report = compare(tmp_path / "a", write_all(tmp_path / "b", ranks))
     assert report.wrong[0].verdict.text.startswith("along no axis do its pieces add up to")
+
+
+def test_activations_of_parts_of_the_batch_are_put_together(tmp_path: Path) -> None:
+    x = torch.randn(8, 3)
+    for name, count, scale in (("a", 1, 1.0), ("b", 2, 1.0), ("c", 2, 1.1)):
+        for rank in range(count):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+            options: dict[str, Any] = {"model": model, "at": {"dp": rank}, "activations": True}
+            with recorder(tmp_path / name, {}, rank, count, **options):
+                model(x.chunk(count)[rank] * scale)
+    assert not compare(tmp_path / "a", tmp_path / "b").wrong
+    report = compare(tmp_path / "a", tmp_path / "c")
+    assert list(wrong(report)) == [
+        "forward of output of 0",
+        "forward of output of 1",
+        "forward of output of the model",
+    ]

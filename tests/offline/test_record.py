@@ -227,6 +227,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "be moved apart; unset PARITY_NUDGE for this run",
     ),
     (
+        {"nudge": -1},
+        "nudge: -1; expected a whole number, 0 for none; correct it\n"
+        "nudge: -1, on 2 ranks; expected a run of one process, since copies on several ranks "
+        "would be moved apart; unset PARITY_NUDGE for this run",
+    ),
+    (
         {"sketch": True, "at": {"tp": 0}},
         "sketch: where parameter of up.w lies in the whole is not known; expected a DTensor or a "
         'layout; give layout={"up.w": {0: "<axis>"}}, or "up.w": {} if every rank holds all of it',
