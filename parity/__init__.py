@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from parity.errors import ParityError, RanksFailed, TraceError, UsageError
     from parity.launcher import Backend, launch
     from parity.modules import record_modules
+    from parity.offline.recorder import record
     from parity.ranks import world
     from parity.subject.check import Differs, TestCase
     from parity.subject.layout import Layout, layout
@@ -37,6 +38,7 @@ __all__ = [
     "layout",
     "matrix",
     "nudge",
+    "record",
     "record_modules",
     "world",
 ]
@@ -59,6 +61,7 @@ _HOME = {
     "TraceError": "errors",
     "UsageError": "errors",
     "nudge": "bounds",
+    "record": "offline.recorder",
     "record_modules": "modules",
     "world": "ranks",
 }

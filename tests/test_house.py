@@ -49,6 +49,13 @@ ROWS = {
         ["__main__"],
     ],
     "parity.offline": [
+        ["boxes", "names", "place"],
+        ["sketch", "read"],
+        ["store", "spread"],
+        ["recorder", "compare"],
+        ["hints"],
+        ["diff"],
+        ["report"],
         ["__init__"],
     ],
     "parity.subject": [
@@ -133,6 +140,8 @@ def test_torch_distributed_is_spoken_to_in_few_places() -> None:
         "heiretsu/comm",
         "heiretsu/__main__",  # joins the group that torchrun started
         "parity/rank",  # joins the group that parity started
+        "offline/place",  # reads DTensors
+        "offline/recorder",  # asks for its rank
         "parity/tracing",  # asks for its rank
         "parity/launcher",  # knows what its files are called
         "parity/script",  # hosts the store of ranks that join by themselves
