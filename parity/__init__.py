@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from parity.errors import ParityError, RanksFailed, TraceError, UsageError
     from parity.launcher import Backend, launch
     from parity.modules import record_modules
+    from parity.offline.recorder import record
     from parity.ranks import world
+    from parity.subject.alignment import held
     from parity.subject.check import Differs, TestCase
     from parity.subject.layout import Layout, layout
     from parity.subject.program import Program
@@ -33,10 +35,12 @@ __all__ = [
     "Trace",
     "TraceError",
     "UsageError",
+    "held",
     "launch",
     "layout",
     "matrix",
     "nudge",
+    "record",
     "record_modules",
     "world",
 ]
@@ -51,6 +55,7 @@ _HOME = {
     "Run": "case",
     "Program": "subject.program",
     "TestCase": "subject.check",
+    "held": "subject.alignment",
     "launch": "launcher",
     "Layout": "subject.layout",
     "layout": "subject.layout",
@@ -59,6 +64,7 @@ _HOME = {
     "TraceError": "errors",
     "UsageError": "errors",
     "nudge": "bounds",
+    "record": "offline.recorder",
     "record_modules": "modules",
     "world": "ranks",
 }

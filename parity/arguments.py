@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 EXIT_CODES = (
     "exit status: 0 every case passed; 1 a case differs from its baseline; 2 a mistake in the "
@@ -56,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_choice(mutate)
     _add_mutants(mutate)
+    _add_testing(commands)
+    _add_difference(commands)
+    return top
+
+
+def _add_testing(commands: Any) -> None:
     check = commands.add_parser(
         "check", help="run tests that @parity.matrix marks, without pytest", epilog=EXIT_CODES
     )
@@ -67,7 +74,16 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("-v", "--verbose", action="store_true", help="print every tensor compared")
     _add_backend(check)
     _add_limits(check)
-    return top
+
+
+def _add_difference(commands: Any) -> None:
+    difference = commands.add_parser(
+        "diff",
+        help="hold two runs that parity.record has recorded against each other",
+        epilog="exit status: 0 they agree; 1 they differ; 2 a mistake in the command or "
+        "the folders, or nothing was compared; 3 it could not be done",
+    )
+    _add_recordings(difference)
 
 
 def _add_tests(command: argparse.ArgumentParser) -> None:
@@ -134,6 +150,16 @@ def _add_program(command: argparse.ArgumentParser) -> None:
     add("--deadline", type=_above_zero, default=1e6, metavar="S", help="seconds that it may take")
     add("script", type=Path)
     add("arguments", nargs=argparse.REMAINDER, help="are the script's")
+
+
+def _add_recordings(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("baseline", type=Path, help="a folder that parity.record wrote")
+    add("candidate", type=Path, help="another")
+    nudged = "the baseline, recorded with PARITY_NUDGE=1 (2, 3, ...); an even number, 4 or more"
+    add("--nudged", action="extend", nargs="+", default=[], type=Path, metavar="DIR", help=nudged)
+    add("--json", type=Path, metavar="FILE", help="write the report there too")
+    add("-v", "--verbose", action="store_true", help="print every tensor that is wrong")
 
 
 def _positive(text: str) -> int:

@@ -237,6 +237,19 @@ def _mutate(args: argparse.Namespace) -> int:
     return report.exit_code
 
 
+def _diff(args: argparse.Namespace) -> int:
+    from parity.offline import diff
+    from parity.offline import report as reports
+
+    if problem := _wrong_json(args.json):
+        raise UsageError(problem)
+    done = diff.diff(args.baseline, args.candidate, args.nudged)
+    print(reports.text(done, verbose=args.verbose), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(reports.as_json(done), indent=1) + "\n")
+    return done.exit_code
+
+
 def _execute(plan: Plan, args: argparse.Namespace, skipped: Sequence[Skip]) -> tuple[Report, bool]:
     """Run the cases. On Ctrl-C what is finished is reported all the same: (report, False)."""
     from parity.investigate import Investigator
@@ -305,6 +318,7 @@ _COMMANDS = {
     "exec": _exec,
     "check": _check,
     "layout": _layout,
+    "diff": _diff,
 }
 
 

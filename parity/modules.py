@@ -33,10 +33,13 @@ class Seen(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Boxes of a whole of `shape`: the offset of each, and which part of the tensor it is."""
+    """Boxes of a whole of `shape`: the offset of each, and which part of the tensor it is. `times`:
+    the gradient is so many times that of the whole (it is still to be averaged).
+    """
 
     shape: Sequence[int]
     boxes: Sequence[tuple[Sequence[int], Callable[[Tensor], Tensor]]]
+    times: int = 1
 
 
 Place = Callable[[Seen], Placed | None]  # None: not to be recorded
@@ -101,5 +104,6 @@ class _Recorder:
     @torch.no_grad()
     def add(self, check: str, name: str, placed: Placed, x: Tensor) -> Tensor:
         for offset, part in placed.boxes:
-            self.trace.add(check, name, part(x), shape=placed.shape, offset=offset)
+            times = placed.times if check == "backward" else 1
+            self.trace.add(check, name, part(x), shape=placed.shape, offset=offset, times=times)
         return x

@@ -7,7 +7,7 @@ and judges them. No collective of the program under test takes part.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -78,13 +78,15 @@ class Trace:
         shape: Sequence[int] | None = None,
         offset: Sequence[int] | None = None,
         again: bool = False,
+        times: int = 1,
     ) -> None:
         """Record `tensor` as the box at `offset` of a whole of `shape`; without them it is whole.
 
         A piece of several boxes is added box by box. One that reaches beyond its whole is for the
         judge to find. Raises TraceError for a box that cannot be a part of the whole, that gives
         the whole another shape, or that was added before, unless a rank may hold it `again`:
-        copies are to agree.
+        copies are to agree. `times`: the program has so many times what is to be recorded (a
+        gradient that is still to be averaged).
         """
         shape = tuple(tensor.shape if shape is None else shape)
         offset = (0,) * len(shape) if offset is None else tuple(offset)
@@ -97,12 +99,22 @@ class Trace:
             raise TraceError(f"{box.key}: recorded twice by the same rank at {box.offset}")
         self._seen.add((box, tuple(tensor.shape)))
         self.boxes.append(box)
-        self.tensors.append(tensor.detach().to("cpu", copy=True).contiguous())
+        once = tensor.detach() if times == 1 else tensor.detach() / times
+        self.tensors.append(once.to("cpu", copy=True).contiguous())
         if (right := self.masks.get(box.key)) is not None and right.shape == shape:
             part = right[_slices(box, tensor)]
             if part.shape == tensor.shape:
                 # Not `detach`: autograd, which may have saved the tensor, is not to know of it.
-                tensor.data.copy_(part)
+                tensor.data.copy_(part * times)
+
+    def forget(self, names: Container[str]) -> None:
+        """What was recorded of modules under these names."""
+        kept = [
+            (box, tensor)
+            for box, tensor in zip(self.boxes, self.tensors, strict=True)
+            if box.key.check not in DETAILS or box.key.name not in names
+        ]
+        self.boxes, self.tensors = [box for box, _ in kept], [tensor for _, tensor in kept]
 
     def save(self, path: Path) -> None:
         tensors = {str(i): tensor for i, tensor in enumerate(self.tensors)}

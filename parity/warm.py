@@ -12,6 +12,8 @@ import torch.distributed
 import torch.distributed.device_mesh
 
 import parity.backend
+import parity.subject.target
+import parity.tracing  # with what it needs, a tenth of a second in every rank
 
 torch.set_num_threads(1)
 gc.collect()

@@ -40,7 +40,7 @@ ROWS = {
         ["errors", "case", "cutting", "yaml_file", "arguments"],
         ["cases", "room"],
         ["backend", "slots", "forkserver"],
-        ["rank", "warm", "ledger", "bounds", "matrix_file", "strategies"],
+        ["rank", "ledger", "bounds", "matrix_file", "strategies"],
         ["trace", "launcher", "mutants"],
         ["whole", "ranks", "script", "modules", "evidence"],
         ["judge", "wording"],
@@ -52,11 +52,18 @@ ROWS = {
         ["mutate"],
         ["mutation_report"],
         ["offline", "subject"],
-        ["plugin"],
+        ["plugin", "warm"],
         ["cli", "__init__"],
         ["__main__"],
     ],
     "parity.offline": [
+        ["boxes", "names", "place"],
+        ["sketch", "read"],
+        ["store", "spread"],
+        ["recorder", "compare"],
+        ["hints"],
+        ["diff"],
+        ["report"],
         ["__init__"],
     ],
     "parity.plugin": [
@@ -149,6 +156,8 @@ def test_torch_distributed_is_spoken_to_in_few_places() -> None:
         "heiretsu/comm",
         "heiretsu/__main__",  # joins the group that torchrun started
         "parity/rank",  # joins the group that parity started
+        "offline/place",  # reads DTensors
+        "offline/recorder",  # asks for its rank
         "parity/tracing",  # asks for its rank
         "parity/launcher",  # knows what its files are called
         "parity/script",  # hosts the store of ranks that join by themselves

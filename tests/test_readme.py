@@ -1,4 +1,4 @@
-"""What the README shows is what happens: files are written out, commands run, outputs compared.
+"""What documents show is what happens: files are written out, commands run, outputs compared.
 
 Numbers and column widths differ from run to run and are not compared. `python -m tests.test_readme`
 writes the outputs anew.
@@ -20,8 +20,10 @@ from parity.plugin import options
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+CLUSTER = ROOT / "docs" / "a-run-on-your-cluster.md"
 FILE = re.compile(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", re.DOTALL)
 OUTPUT = re.compile(r"<!-- output: (.*?) -->\n```\n(.*?)```", re.DOTALL)
+RUN = re.compile(r"<!-- run -->\n```bash\n(.*?)```", re.DOTALL)
 REMOVED = "  (without the all_reduce)"
 
 
@@ -54,6 +56,32 @@ def run(command: str, folder: Path) -> str:
     return done.stdout[done.stdout.index("\ncase ") + 1 :]
 
 
+def prepare(document: Path, folder: Path) -> None:
+    """Its files, and what its commands make of them."""
+    for name, text in FILE.findall(document.read_text()):
+        (folder / name).write_text(text)
+    for script in RUN.findall(document.read_text()):
+        environment = {"PYTHONPATH": str(ROOT), "PATH": path(), "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            ["bash", "-ec", script],
+            cwd=folder,
+            env={**os.environ, **environment},
+            capture_output=True,
+            timeout=500,
+            check=True,
+        )
+
+
+def diff(command: str, folder: Path) -> str:
+    words = [sys.executable, "-m", *command.split()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (1 if "wrong" in command else 0), done.stdout + done.stderr
+    return done.stdout
+
+
 def path() -> str:
     """With this interpreter first, so that the scripts find what they need in it."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -67,6 +95,14 @@ def without_numbers(text: str) -> str:
 @pytest.mark.parametrize(("command", "shown"), OUTPUT.findall(README.read_text()))
 def test_the_output_shown_is_the_output(command: str, shown: str, tmp_path: Path) -> None:
     assert without_numbers(run(command, tmp_path)) == without_numbers(shown)
+
+
+def test_a_run_on_your_cluster(tmp_path: Path) -> None:
+    prepare(CLUSTER, tmp_path)
+    shown = OUTPUT.findall(CLUSTER.read_text())
+    assert len(shown) == 2
+    for command, text in shown:
+        assert without_numbers(diff(command, tmp_path)) == without_numbers(text)
 
 
 def test_the_example_passes_as_it_stands(tmp_path: Path) -> None:
@@ -84,6 +120,7 @@ def test_every_option_named_exists() -> None:
         ["list", "-h"],
         ["exec", "-h"],
         ["mutate", "-h"],
+        ["diff", "-h"],
     ):
         from contextlib import redirect_stdout, suppress
         from io import StringIO
@@ -117,11 +154,18 @@ def test_files_that_are_linked_exist() -> None:
         assert (ROOT / link).is_file(), link
 
 
+def rewrite(document: Path, command: str, new: str) -> None:
+    text = document.read_text()
+    start = text.index(f"<!-- output: {command} -->\n```\n")
+    start = text.index("```\n", start) + 4
+    document.write_text(text[:start] + new + text[text.index("```", start) :])
+
+
 if __name__ == "__main__":
-    text = README.read_text()
-    for command, old in OUTPUT.findall(text):
+    for command, _ in OUTPUT.findall(README.read_text()):
         with tempfile.TemporaryDirectory() as folder:
-            new = run(command, Path(folder))
-        start = f"<!-- output: {command} -->\n```\n"
-        text = text.replace(start + old + "```", start + new + "```")
-    README.write_text(text)
+            rewrite(README, command, run(command, Path(folder)))
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(CLUSTER, Path(folder))
+        for command, _ in OUTPUT.findall(CLUSTER.read_text()):
+            rewrite(CLUSTER, command, diff(command, Path(folder)))

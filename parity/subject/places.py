@@ -18,6 +18,7 @@ from parity.subject.placing import (
     by_shape,
     cut,
     of_dtensor,
+    share,
 )
 
 Shapes = Mapping[tuple[str, str], Sequence[int]]  # of wholes, by check and name
@@ -33,13 +34,18 @@ class Places:
         inputs: Cuts | None = None,
         outputs: Mapping[str, Cuts] | None = None,
         paths: Mapping[str, str] | None = None,
+        rows: int | None = None,
+        times: int = 1,
     ) -> None:
         """`inputs` and `outputs`: over which axes they are cut, by the user's word ("": those
         outputs that are not named); `paths`: the baseline's name of each module that has one there
-        (None: all, the same).
+        (None: all, the same); `rows`: of the whole batch, where modules are called for some of them
+        at a time; `times`: how often gradients are counted until they are averaged over ranks.
         """
         self.axes, self.shapes, self.paths = axes, shapes, paths
         self.inputs, self.outputs = inputs or {}, outputs or {}
+        self.rows, self.times = rows, times
+        self._done: dict[str, tuple[int, int]] = {}  # rows that were seen, of how many
 
     def of(self, check: str, name: str, tensor: Tensor) -> Place:
         """Raises TraceError where it cannot be told."""
@@ -87,30 +93,43 @@ class Places:
         if whole is None or (self.shapes is None and seen.call):
             return None
         try:
-            place = self._microbatch(tuple(whole), seen)
+            place = self._seen(tuple(whole), seen)
         except Unplaced:
             return None
-        return Placed(place.shape, [(place.offset, local)])
+        return Placed(place.shape, [(place.offset, local)], self.times)
 
-    def _microbatch(self, whole: tuple[int, ...], seen: Seen) -> Place:
-        """Of several calls each has seen some rows, one call after the other."""
-        rows = len(local(seen.tensor)) if seen.tensor.ndim else 0
-        if not seen.call and (not whole or rows == whole[0]):
-            return self._of(whole, seen.name, seen.tensor)
-        if not rows or len(whole) != seen.tensor.ndim or isinstance(seen.tensor, DTensor):
-            raise Unplaced("it is no microbatch")
-        start = rows * seen.call
-        try:
-            return self._of(whole, seen.name, seen.tensor) if not seen.call else _never()
-        except Unplaced:
-            if whole[0] % rows or start >= whole[0]:
-                raise
-        inner = by_shape((rows, *whole[1:]), tuple(seen.tensor.shape), self.axes)
-        return Place(whole, (start, *inner.offset[1:]))
+    def _seen(self, whole: tuple[int, ...], seen: Seen) -> Place:
+        x = seen.tensor
+        if self.rows is None or isinstance(x, DTensor) or not x.ndim or len(whole) != x.ndim:
+            if seen.call:
+                raise Unplaced("the baseline's was called once")
+            return self._of(whole, seen.name, x)
+        # In microbatches: each call has the rows that follow those of the call before it.
+        start, length = self._own_rows(whole[0], self.rows)
+        done, _ = self._done.get(seen.name, (0, length))
+        if done + len(x) > length:
+            raise Unplaced("it has seen all rows before")
+        self._done[seen.name] = (done + len(x), length)
+        inner = by_shape((len(x), *whole[1:]), tuple(x.shape), self.axes, self.inputs)
+        return Place(whole, (start + done, *inner.offset[1:]))
 
+    def _own_rows(self, length: int, rows: int) -> tuple[int, int]:
+        """This rank's part of the batch, of which every row may have become several."""
+        if length % rows:
+            raise Unplaced("its rows are not those of the batch")
+        start, left = 0, rows
+        over = self.inputs.get(0, ())
+        for axis in (over,) if isinstance(over, str) else over:
+            sizes, at = self.axes
+            inner, left = share(left, sizes[axis], at[axis], even=True)
+            start += inner
+        times = length // rows
+        return start * times, left * times
 
-def _never() -> Place:
-    raise Unplaced("it is a later microbatch")
+    @property
+    def incomplete(self) -> set[str]:
+        """Of which fewer rows were seen than this rank has: nothing can be said of them."""
+        return {name for name, (done, length) in self._done.items() if done < length}
 
 
 def paths_of(held: Sequence[Held], *, is_whole: bool) -> dict[str, str]:

@@ -65,7 +65,7 @@ def by_shape(
     if len(shape) != len(size):
         raise Unplaced(f"it has {len(size)} dims, and the baseline's {len(shape)}")
     offset = tuple(
-        0 if size[dim] == shape[dim] else _start(shape, size, dim, axes, (first or {}).get(dim))
+        0 if size[dim] == shape[dim] else _start(shape, size, dim, axes, first or {})
         for dim in range(len(shape))
     )
     return Place(shape, offset)
@@ -76,12 +76,15 @@ def _start(
     size: tuple[int, ...],
     dim: int,
     axes: Axes,
-    known: str | Sequence[str] | None,
+    known: Cuts,
 ) -> int:
     """Where in `dim` it begins, by the axis or the fewest axes that explain its size."""
-    if known and (start := _along(shape[dim], size[dim], _tuple(known), axes, INPUTS)) is not None:
+    own = _tuple(known.get(dim, ()))
+    if own and (start := _along(shape[dim], size[dim], own, axes, INPUTS)) is not None:
         return start
-    names = [axis for axis, n in axes.sizes.items() if n > 1]
+    # An axis cuts one dim of a tensor: that of the inputs' cuts, if it is in them.
+    taken = {axis for other, names in known.items() if other != dim for axis in _tuple(names)}
+    names = [axis for axis, n in axes.sizes.items() if n > 1 and axis not in taken]
     for count in range(1, len(names) + 1):
         found = {
             chosen: start

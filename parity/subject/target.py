@@ -22,7 +22,7 @@ from parity.errors import TraceError
 from parity.subject.alignment import Box, Held, Part, Wholes, align
 from parity.subject.places import Places, Shapes, paths_of
 from parity.subject.placing import Axes, Place, Unplaced, cut, share
-from parity.subject.program import Program, Subject, as_program, change, make_generic
+from parity.subject.program import Program, Subject, as_program, change, leaves, make_generic
 from parity.subject.training import Side, train
 from parity.trace import Trace
 
@@ -66,10 +66,11 @@ class Candidate:
                 program = replace(program, optimizer=optimizer)
             shapes = _told(_shapes_file(self.folder, run.detail))
             paths = paths_of(held, is_whole=program.step is None)
-            places = Places(axes, shapes, subject.cuts, subject.output, paths)
-            parts = {h.name: h.parts for h in held}
+            rows = None if program.step is None else _rows(subject)
             times = torch.Size([axes.sizes[axis] for axis in subject.data]).numel()
-            side = Side(subject, run, trace, program, parts.__getitem__, places, times)
+            places = Places(axes, shapes, subject.cuts, subject.output, paths, rows, times)
+            parts = {h.name: h.parts for h in held}
+            side = Side(subject, run, trace, program, parts.__getitem__, places)
             inputs = [_own_share(x, subject, axes) for x in _inputs(subject, run)]
             targets = [_own_share(x, subject, axes) for x in _targets(subject, run)]
             train(side, inputs, targets)
@@ -248,6 +249,11 @@ def _own_share(value: Any, subject: Subject, axes: Axes) -> Any:
         return mine.clone().requires_grad_(x.requires_grad)
 
     return change(value, one)
+
+
+def _rows(subject: Subject) -> int | None:
+    """How many rows the whole batch has."""
+    return next((len(x) for _, x in leaves(list(subject.inputs), "input") if x.ndim), None)
 
 
 def _shapes_file(folder: str, detail: bool) -> Path:

@@ -22,11 +22,7 @@ from parity.trace import Trace
 
 
 class Side(NamedTuple):
-    """One side of a comparison on one rank. `parts` are where a parameter lies, by its own name.
-
-    `times` is how often each rank's gradients are counted that the program will average over
-    ranks.
-    """
+    """One side of a comparison on one rank. `parts` are where a parameter lies, by its own name."""
 
     subject: Subject
     run: Run
@@ -34,7 +30,6 @@ class Side(NamedTuple):
     program: Program
     parts: Callable[[str], Sequence[Part]]
     places: Places
-    times: int = 1
 
 
 def train(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> None:
@@ -48,6 +43,7 @@ def train(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> None:
             p.grad = None
         with _modules(side) if run.detail and step == 0 else nullcontext():
             outputs = _step(side, inputs, targets)
+        side.trace.forget(side.places.incomplete)
         if program.step is None and not list(leaves(outputs, "output")):
             raise TraceError(f"the module put out {type(outputs).__name__}, and no tensor")
         later = f"step {step + 1} of " if step else ""
@@ -75,7 +71,7 @@ def _step(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> Any:
         if y.requires_grad and y.is_floating_point()
     ]
     torch.autograd.backward(
-        [y for _, y in found], [_cotangent(side, name, y) * side.times for name, y in found]
+        [y for _, y in found], [_cotangent(side, name, y) * side.places.times for name, y in found]
     )
     return outputs
 
@@ -108,8 +104,8 @@ def _gradients(side: Side, inputs: Sequence[Any]) -> None:
     if side.subject.input_gradients:
         for name, x in leaves(list(inputs), "input"):
             if x.requires_grad:
-                gradient = torch.zeros_like(x) if x.grad is None else x.grad / side.times
-                _whole_or_piece(side, "gradient", name, gradient)
+                gradient = torch.zeros_like(x) if x.grad is None else x.grad
+                _whole_or_piece(side, "gradient", name, gradient, side.places.times)
                 x.grad = None
 
 
@@ -140,11 +136,13 @@ def _pieces(side: Side, check: str, prefix: str, name: str, tensor: Tensor) -> N
             box = flat[positions.to(flat.device)]
             name = prefix + whole.whole
             side.trace.add(check, name, box, shape=whole.shape, offset=offset, again=True)
+            if Trace.masks:  # a right value may have taken its place: it is to be gone on from
+                flat[positions.to(flat.device)] = box
 
 
-def _whole_or_piece(side: Side, check: str, name: str, tensor: Tensor) -> None:
+def _whole_or_piece(side: Side, check: str, name: str, tensor: Tensor, times: int = 1) -> None:
     place = side.places.of(check, name, tensor)
-    side.trace.add(check, name, local(tensor), shape=place.shape, offset=place.offset)
+    side.trace.add(check, name, local(tensor), shape=place.shape, offset=place.offset, times=times)
 
 
 def _modules(side: Side) -> ExitStack:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -228,6 +229,53 @@ def test_a_wrong_training_step_fails(
 ) -> None:
     with pytest.raises(Differs, match=f"first divergence: {first}"):
         case(dp=2).check(mlp, candidate, **step_of())
+
+
+def by_hand(full: Any, mesh: Any, wrong: str = "") -> parity.Program:
+    """Data parallelism without a wrapper, in microbatches."""
+    model = mlp()
+    model.load_state_dict(full)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        outputs = []
+        for rows, wanted in zip(x.chunk(3), y.chunk(3), strict=True):
+            outputs.append(model(rows))
+            loss = F.mse_loss(outputs[-1], wanted)
+            (loss if wrong == "not divided" else loss / 3).backward()
+        for p in model.parameters():
+            if wrong != "not averaged":
+                dist.all_reduce(p.grad, dist.ReduceOp.AVG, mesh.get_group("dp"))
+        return torch.cat(outputs)
+
+    return parity.Program(model, step)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "culprit", "said"),
+    [
+        ("", "", ""),
+        ("not divided", "backward of output of 2", "it is 3 times the baseline"),
+        (
+            "not averaged",
+            "gradient of 2.bias",
+            "the mean over dp of what the ranks hold equals the baseline: an average over dp is",
+        ),
+    ],
+)
+def test_a_loop_by_hand_over_microbatches(
+    case: Callable[..., TestCase], wrong: str, culprit: str, said: str
+) -> None:
+    """What modules see of some rows at a time is put where it belongs; one mistake, one culprit."""
+    of = step_of(inputs=[torch.randn(12, 8)], targets=[torch.randn(12, 8)])
+    if not wrong:
+        case(dp=2).check(mlp, by_hand, **of)
+        return
+    with pytest.raises(Differs) as caught:
+        case(dp=2).check(mlp, lambda full, mesh: by_hand(full, mesh, wrong), **of)
+    text = str(caught.value)
+    assert f"  culprit: {culprit}\n" in text
+    assert said in text
+    assert "with that put right" not in text
 
 
 def test_mistakes_of_the_user_are_told_before_a_rank_starts(case: Callable[..., TestCase]) -> None:

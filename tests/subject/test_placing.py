@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parity.modules import Seen
+from parity.subject.places import Places
 from parity.subject.placing import Axes, Place, Unplaced, by_shape, cut, share
+from parity.trace import Trace
 
 
 def axes(at: dict[str, int], **sizes: int) -> Axes:
@@ -85,6 +89,13 @@ def test_inputs_that_are_cut_unevenly_are_found_where_they_were_cut(length: int,
             assert place.offset == (start,)
 
 
+def test_an_axis_that_cuts_the_inputs_along_one_dim_explains_no_other() -> None:
+    here = axes({"dp": 1, "tp": 1}, dp=2, tp=2)
+    assert by_shape((8, 6), (4, 3), here, {0: "dp"}).offset == (4, 3)
+    with pytest.raises(Unplaced, match="which no axis explains"):
+        by_shape((8, 6), (8, 3), axes({"dp": 1}, dp=2), {0: "dp"})
+
+
 def test_a_cut_by_word_is_held_against_the_shape() -> None:
     here = axes({"tp": 1}, tp=2)
     whole = Place((8, 6), (0, 0))
@@ -100,3 +111,39 @@ def test_every_product_of_axes_is_explained() -> None:
         at = {"dp": i // 15, "cp": i // 5 % 3, "tp": i % 5}
         covered.add(by_shape((30,), (1,), Axes(sizes, at)).offset[0])
     assert covered == set(range(30))
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3))
+def test_what_modules_see_of_microbatches_tiles_the_whole(
+    dp: int, tp: int, microbatches: int, tokens: int
+) -> None:
+    """Rows over dp, unevenly too, columns over tp, and each row of the batch being some tokens."""
+    rows, width = 2 * dp + 1, 3 * tp
+    covered = torch.zeros(rows * tokens, width, dtype=torch.int64)
+    for d in range(dp):
+        for t in range(tp):
+            here = axes({"dp": d, "tp": t}, dp=dp, tp=tp)
+            shapes = {("activation", "output of net"): (rows * tokens, width)}
+            places = Places(here, shapes, {0: "dp"}, rows=rows)
+            _, own = share(rows, dp, d, even=True)
+            mine = torch.ones(own * tokens, 3, dtype=torch.int64)
+            for call, part in enumerate(mine.split(-(-own // microbatches) * tokens)):
+                placed = places.of_seen(Seen("net", False, call, part))
+                assert placed is not None
+                ((offset, _),) = placed.boxes
+                i, j = offset
+                covered[i : i + len(part), j : j + 3] += part
+            assert places.incomplete == set()
+            assert places.of_seen(Seen("net", False, 99, mine)) is None
+    assert (covered == 1).all()
+
+
+def test_what_is_seen_of_some_rows_only_is_forgotten() -> None:
+    places = Places(axes({"dp": 0}, dp=1), {("activation", "output of net"): (4, 2)}, rows=4)
+    assert places.of_seen(Seen("net", False, 0, torch.ones(3, 2))) is not None
+    assert places.incomplete == {"output of net"}
+    trace = Trace()
+    trace.add("activation", "output of net", torch.ones(3, 2), shape=(4, 2), offset=(0, 0))
+    trace.add("gradient", "output of net", torch.ones(1))
+    trace.forget(places.incomplete)
+    assert [str(box.key) for box in trace.boxes] == ["gradient of output of net"]
