@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
+from parity.plugin.shared import SHARED
 from tests.plugin.conftest import ROOT
 
 FOUR = """
@@ -300,6 +302,22 @@ def test_github_is_told_only_there_and_annotations_only_by_one(
         result.assert_outcomes(failed=4)
         assert bool(step.read_text()) is told
         assert ("::error " in result.stdout.str()) is annotated
+
+
+class Holder:
+    """A plugin that holds on to what a session should have given back."""
+
+    def pytest_runtest_call(self, item: pytest.Item) -> None:
+        self.folder = item.config.stash[SHARED].kept.folder(b"some")
+        assert Path(self.folder).is_dir()
+        self.kept = item.config.stash[SHARED].kept
+
+
+def test_folders_are_removed_when_the_session_ends(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(FOUR.format(body="pass"))
+    holder = Holder()
+    pytester.inline_run("-k", "dp1-tp1", plugins=[holder]).assertoutcome(failed=1)
+    assert not Path(holder.folder).parent.exists()
 
 
 SAY = """

@@ -17,7 +17,12 @@ from tests.plugin.mlp import MLP
 from tests.plugin.test_items import SAY
 
 EVERYTHING = (
-    MLP
+    """
+from multiprocessing import forkserver
+
+STARTED = forkserver._forkserver._forkserver_pid is not None  # before torch is imported here
+"""
+    + MLP
     + """
 @parity.matrix(tp=[1, 2, 9])
 def test_right(case):
@@ -77,7 +82,7 @@ def test_drawn(case, drawn):
 
 
 def test_other():
-    pass
+    assert STARTED
 """
 )
 FIRST = """FAIL tp2   first divergence: forward of output
