@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     shared = sharing.share(config, count)
     if told is None:
         config.pluginmanager.register(Controller(shared), "heiretsu-parity-controller")
-        matrices.add_to_arguments(config)
+    matrices.add_to_arguments(config)  # workers read the command line by themselves
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:

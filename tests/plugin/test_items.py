@@ -131,6 +131,7 @@ def test_what_does_not_fit_is_skipped_and_all_skipped_is_said(pytester: pytest.P
             "parity.matrix: test_it has no case: `when` is false for every combination",
         ),
     ],
+    ids=["no argument", "no case"],
 )
 def test_a_test_that_could_have_no_case_is_an_error(
     pytester: pytest.Pytester, source: str, said: str

@@ -391,7 +391,9 @@ def candidate(run):
 """
 
 
-def test_a_matrix_file_is_tests_when_it_is_asked_for(pytester: pytest.Pytester) -> None:
+def test_a_matrix_file_is_tests_when_it_is_asked_for(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = pytester.mkdir("tests")
     (folder / "test_it.py").write_text("def test_other(): pass")
     (pytester.path / "programs.py").write_text(PROGRAMS.replace("dist.all_reduce(y)", "pass"))
@@ -423,6 +425,10 @@ def test_a_matrix_file_is_tests_when_it_is_asked_for(pytester: pytest.Pytester) 
     assert "matrix.yaml" not in result.stdout.str()
     result = pytester.runpytest_inprocess("--co", "-q", ".")
     assert result.stdout.str().count("matrix.yaml::tp2") == 1
+    monkeypatch.setenv("PYTEST_PLUGINS", "parity.plugin,xdist.plugin")
+    result = pytester.runpytest_subprocess("-n2", "-k", "tp16 or other")
+    result.assert_outcomes(passed=1, skipped=1)
+    monkeypatch.setenv("PYTEST_PLUGINS", "parity.plugin")
     path.write_text(MATRIX.replace("steps: 1", "steps: 0\nfast: true"))
     result = pytester.runpytest_inprocess("-q", "matrix.yaml")
     assert result.ret == pytest.ExitCode.INTERRUPTED
