@@ -186,12 +186,14 @@ def _interrupt(ranks: list[_Rank]) -> None:
 
 
 def _read_stack(path: Path, patience: float) -> str:
-    """The dump is written by a signal handler of the rank: it comes at once, or not at all."""
-    text = ""
-    while not text and time.monotonic() < patience:
+    """The dump is written by a signal handler of the rank, line by line: it comes at once, or not at
+    all, and what no longer grows is whole.
+    """
+    text, before = "", None
+    while time.monotonic() < patience and not (text and text == before):
+        before = text
+        time.sleep(0.05 if text else 0.01)
         text = path.read_text() if path.exists() else ""
-        if not text:
-            time.sleep(0.01)
     return text
 
 

@@ -15,6 +15,7 @@ import torch
 
 from tests.plugin.mlp import MLP
 from tests.plugin.test_items import SAY
+from tests.unit.parity.test_launch import is_alive, wait_until
 
 EVERYTHING = (
     """
@@ -340,13 +341,12 @@ def test_ctrl_c_leaves_no_rank_behind(pytester: pytest.Pytester) -> None:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     ranks = [int(file.read_text()) for file in files]
-    assert all(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert all(map(is_alive, ranks))
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == pytest.ExitCode.INTERRUPTED, out
     assert "KeyboardInterrupt" in out
-    for rank in ranks:
-        assert not Path(f"/proc/{rank}").exists()
+    assert wait_until(lambda: not any(map(is_alive, ranks)), 5)
 
 
 MATRIX = """

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from parity import Backend, RanksFailed, launch
+from parity.launcher import _read_stack
 from tests.unit.parity import targets
 
 ROOT = Path(__file__).parents[3]
@@ -129,3 +131,23 @@ def test_no_rank_outlives_its_parent(how: signal.Signals, tmp_path: Path) -> Non
     parent.send_signal(how)
     parent.wait(20)
     assert wait_until(lambda: not any(is_alive(pid) for pid in pids))
+
+
+def test_a_stack_is_read_to_its_end(tmp_path: Path) -> None:
+    """On a busy machine the rank is interrupted in the middle of its dump."""
+    path = tmp_path / "stack.txt"
+    path.write_text("Thread 1:\n")
+
+    def write_on() -> None:
+        time.sleep(0.03)
+        with path.open("a") as file:
+            file.write('  File "user.py", line 3 in forward\n')
+
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    text = _read_stack(path, time.monotonic() + 10)
+    writer.join()
+    assert text.endswith("in forward\n")
+    began = time.monotonic()
+    assert _read_stack(tmp_path / "none", began + 0.1) == ""
+    assert time.monotonic() < began + 5
