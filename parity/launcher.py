@@ -186,8 +186,8 @@ def _interrupt(ranks: list[_Rank]) -> None:
 
 
 def _read_stack(path: Path, patience: float) -> str:
-    """The dump is written by a signal handler of the rank, line by line: it comes at once, or not at
-    all, and what no longer grows is whole.
+    """The dump is written by a signal handler of the rank, line by line: it comes at once, or not
+    at all, and what no longer grows is whole.
     """
     text, before = "", None
     while time.monotonic() < patience and not (text and text == before):

@@ -426,7 +426,7 @@ def test_a_matrix_file_is_tests_when_it_is_asked_for(
     result = pytester.runpytest_inprocess("--co", "-q", ".")
     assert result.stdout.str().count("matrix.yaml::tp2") == 1
     monkeypatch.setenv("PYTEST_PLUGINS", "parity.plugin,xdist.plugin")
-    result = pytester.runpytest_subprocess("-n2", "-k", "tp16 or other")
+    result = pytester.runpytest_subprocess("-n1", "-k", "tp16 or other")
     result.assert_outcomes(passed=1, skipped=1)
     monkeypatch.setenv("PYTEST_PLUGINS", "parity.plugin")
     path.write_text(MATRIX.replace("steps: 1", "steps: 0\nfast: true"))
