@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from parity.modules import record_modules
     from parity.offline.recorder import record
     from parity.ranks import world
+    from parity.subject.alignment import held
     from parity.subject.check import Differs, TestCase
     from parity.subject.layout import Layout, layout
     from parity.subject.program import Program
@@ -34,6 +35,7 @@ __all__ = [
     "Trace",
     "TraceError",
     "UsageError",
+    "held",
     "launch",
     "layout",
     "matrix",
@@ -53,6 +55,7 @@ _HOME = {
     "Run": "case",
     "Program": "subject.program",
     "TestCase": "subject.check",
+    "held": "subject.alignment",
     "launch": "launcher",
     "Layout": "subject.layout",
     "layout": "subject.layout",

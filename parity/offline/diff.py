@@ -246,7 +246,7 @@ def _no_way(got: Sequence[Stored], want: Spread) -> Finding:
     more = ", ..." if len(got) > 4 else ""
     text = (
         f"along no axis do its pieces add up to the baseline's {want.shape}: {said}{more}; if it "
-        "is packed in another way, give `layout` its boxes"
+        "is packed in another way, give `layout` what parity.held finds"
     )
     return Finding("shape", text)
 

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from parity.errors import UsageError
+from parity.subject.alignment import Held
 
 Cut = Mapping[int, str | Sequence[str]]
 
 
-class Boxes(Protocol):
-    """Where the elements of a local tensor belong, box by box: for each its offset, its shape, and
-    which elements, by their place in the flat local tensor, fill it (int64, of that shape).
-    """
-
-    @property
-    def shape(self) -> Sequence[int]: ...
-    @property
-    def boxes(self) -> Sequence[tuple[Sequence[int], Sequence[int], Tensor]]: ...
-
-
-Layout = Mapping[str, Cut | Boxes]
+Rule = Cut | Held
+Layout = Mapping[str, Rule]
 
 
 class Where(NamedTuple):
@@ -75,7 +66,7 @@ class Rules:
             if isinstance(rule, Mapping):
                 said += self._wrong_cut(pattern, rule, {name: shapes[name] for name in names})
             else:
-                said += _wrong_boxes(pattern, rule, {name: shapes[name] for name in names})
+                said += _wrong_held(pattern, rule, {name: shapes[name] for name in names})
         return said
 
     def _wrong_cut(self, pattern: str, cut: Cut, shapes: Mapping[str, Sequence[int]]) -> list[str]:
@@ -96,46 +87,53 @@ class Rules:
                     )
         return said
 
-    def rule(self, name: str) -> Cut | Boxes | None:
+    def rule(self, name: str) -> Rule | None:
         found = (r for p, r in self._layout.items() if p == name or fnmatchcase(name, p))
         return self._layout.get(name) or next(found, None)
 
-    def pieces(self, name: str, tensor: Tensor, like: Tensor) -> list[Piece]:
-        """Of `tensor`, which belongs to the parameter `like` called `name`."""
+    def pieces(self, name: str, tensor: Tensor, like: Tensor) -> list[tuple[str, list[Piece]]]:
+        """Of `tensor`, which belongs to the parameter `like` called `name`: of each whole that it
+        holds a part of, as a rule one of the same name.
+        """
+        rule = None if isinstance(like, DTensor) else self.rule(name)
+        if (
+            isinstance(rule, Held)
+            and tensor.shape == like.shape
+            and not isinstance(tensor, DTensor)
+        ):
+            return list(_as_held(rule, tensor))
+        return [(name, self._pieces(rule, tensor, like))]
+
+    def _pieces(self, rule: Rule | None, tensor: Tensor, like: Tensor) -> list[Piece]:
         if isinstance(tensor, DTensor):
             return of_dtensor(tensor, self.where)
-        rule = None if isinstance(like, DTensor) else self.rule(name)
-        if self.where.world == 1 and isinstance(rule, Mapping):
-            rule = None  # the script of the parallel run, on one process: nothing is cut
-        if tensor.shape == like.shape and rule is not None:
-            return self._by_rule(rule, tensor)
         if self.where.world == 1 or tensor.ndim == 0:
+            # The script of the parallel run, on one process: nothing is cut.
             return [Piece(tensor, tuple(tensor.shape), (0,) * tensor.ndim)]
+        if tensor.shape == like.shape and isinstance(rule, Mapping):
+            cut = {d: (axes,) if isinstance(axes, str) else tuple(axes) for d, axes in rule.items()}
+            return [Piece(tensor, cut=cut)]
         return [Piece(tensor)]
 
-    def _by_rule(self, rule: Cut | Boxes, tensor: Tensor) -> list[Piece]:
-        if not isinstance(rule, Mapping):
-            flat, shape = tensor.reshape(-1), tuple(rule.shape)
-            return [
-                Piece(flat[positions].reshape(tuple(size)), shape, tuple(offset))
-                for offset, size, positions in rule.boxes
-            ]
-        cut = {d: (axes,) if isinstance(axes, str) else tuple(axes) for d, axes in rule.items()}
-        return [Piece(tensor, cut=cut)]
+
+def _as_held(held: Held, tensor: Tensor) -> Iterator[tuple[str, list[Piece]]]:
+    flat = tensor.reshape(-1)
+    for part in held.parts:
+        boxes = [Piece(flat[p.to(flat.device)], part.shape, offset) for offset, p in part.boxes]
+        yield part.whole, boxes
 
 
-def _wrong_boxes(pattern: str, rule: Boxes, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    if not hasattr(rule, "boxes") or not hasattr(rule, "shape"):
+def _wrong_held(pattern: str, rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    if not isinstance(rule, Held):
         return [
             f"layout of '{pattern}': it is a {type(rule).__name__}; expected {{dimension: axis}}, "
-            'as in {0: "tp"}, or an object with `boxes` and `shape`'
+            'as in {0: "tp"}, or what parity.held has found'
         ]
-    most = max((int(p.max()) + 1 for *_, p in rule.boxes if p.numel()), default=0)
     return [
-        f"layout of '{pattern}': it names element {most - 1} of '{name}', which has {prod(shape)} "
-        "here; the layout was made for another piece: make it anew on this rank"
+        f"layout of '{pattern}': it is of a tensor of {rule.shape}, and '{name}' has {shape} here; "
+        "it was made for another piece: make it anew on this rank"
         for name, shape in shapes.items()
-        if most > prod(shape)
+        if prod(shape) != prod(rule.shape)
     ]
 
 

@@ -23,7 +23,8 @@ from parity.bounds import nudge as nudge_parameter
 from parity.errors import UsageError
 from parity.offline.names import Rename, plain, plain_names
 from parity.offline.place import Layout, Piece, Rules, Where, whereabouts
-from parity.offline.store import Held, hold, write_header, write_step
+from parity.offline.store import Kept, hold, write_header, write_step
+from parity.subject.alignment import Held
 
 FIRST_STEPS = 3  # what is wrong shows in the first steps, and a step is as large as the model
 
@@ -52,7 +53,8 @@ def record(
     * `mesh` (a DeviceMesh) or `at` (coordinates, as in {"dp": 0, "tp": 1}; `sizes` of the axes are
       needed for sketches only) says which rank this is. DTensors bring their own.
     * `layout` says how plain tensors are cut: {"*.up.weight": {0: "tp"}}; DTensors need none, and
-      what it leaves out the diff infers from shapes.
+      what it leaves out the diff infers from shapes. What is fused, flattened, padded or has
+      another name is told by what `parity.held` finds.
     * `rename`: a function, or prefixes and what to put in their place, for stages of a pipeline.
     * `sketch`: 64 numbers per tensor in place of its values.
     * `nudge`: move every parameter by one rounding, differently for each number; default: the
@@ -66,7 +68,8 @@ def record(
     if mesh is None and at is None:
         mesh = _mesh_of(model)
     where = whereabouts(mesh, at, sizes, rank, world)
-    rules, amount = Rules(layout, where), _amount(nudge)
+    given = {plain(k) if isinstance(v, Held) else k: v for k, v in (layout or {}).items()}
+    rules, amount = Rules(given, where), _amount(nudge)
     names = plain_names((path for path, _ in model.named_parameters()), rename)
     shapes = {names[path]: tuple(p.shape) for path, p in _local(model)}
     is_stage = rename is not None or where.sizes.get("pp", 1) > 1
@@ -107,7 +110,7 @@ class Recorder:
         self._step, self._began = 0, False
         self._has_gradients = False  # of this step
         self._optimizer: Any = None
-        self._held: list[Held] = []
+        self._held: list[Kept] = []
         self._seen: Counter[str] = Counter()  # losses and calls of modules in this step
         self._hooks: list[Any] = []
 
@@ -198,7 +201,7 @@ class Recorder:
         self.close()
 
     def _end(self) -> None:
-        if self._held:
+        if self._held or self._is_wanted:  # a rank that has nothing says so
             write_step(self._folder, self._step, self._rules.where.rank, self._held)
         self._held, self._step = [], self._step + 1
         self._has_gradients = False
@@ -224,7 +227,9 @@ class Recorder:
 
     @torch.no_grad()
     def _add(self, check: str, name: str, tensor: Tensor, like: Tensor) -> None:
-        self._hold(check, name, self._rules.pieces(name.split(" ")[-1], tensor, like))
+        owner = name.split(" ")[-1]
+        for whole, pieces in self._rules.pieces(owner, tensor, like):
+            self._hold(check, name.removesuffix(owner) + whole, pieces)
 
     def _hold(self, check: str, name: str, pieces: list[Piece]) -> None:
         for piece in pieces:
@@ -295,8 +300,9 @@ def _unplaced(model: nn.Module, names: Mapping[str, str], rules: Rules) -> list[
     said = []
     for path, parameter in model.named_parameters():
         try:
-            for piece in rules.pieces(names[path], parameter, parameter):
-                _sketchable("parameter", names[path], piece, rules.where)
+            for name, pieces in rules.pieces(names[path], parameter, parameter):
+                for piece in pieces:
+                    _sketchable("parameter", name, piece, rules.where)
         except UsageError as error:
             said.append(str(error))
     return said

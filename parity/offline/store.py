@@ -25,7 +25,7 @@ from parity.offline.sketch import digest, sketch
 SCHEMA = 1  # raised when a reader of the old files would misread the new ones
 
 
-class Held(NamedTuple):
+class Kept(NamedTuple):
     """A piece on its way to a file: what is said about it, and its values or their sketch."""
 
     about: dict[str, Any]
@@ -67,7 +67,7 @@ def write_header(
     _put(path, json.dumps(document, indent=1).encode())
 
 
-def hold(check: str, name: str, piece: Piece, *, is_sketch: bool) -> Held:
+def hold(check: str, name: str, piece: Piece, *, is_sketch: bool) -> Kept:
     """A copy on the CPU, or the sketch of one."""
     values = piece.tensor.detach().to("cpu", copy=not is_sketch).contiguous()
     wide = as_float64(values) if not values.is_floating_point() else values
@@ -90,10 +90,10 @@ def hold(check: str, name: str, piece: Piece, *, is_sketch: bool) -> Held:
         about["nonfinite"] = values.numel() - int(values.isfinite().sum())
         about["digest"] = digest(values)
         values = sketch(values, piece.offset, piece.shape)
-    return Held(about, values)
+    return Kept(about, values)
 
 
-def write_step(folder: Path, step: int, rank: int, held: Sequence[Held]) -> None:
+def write_step(folder: Path, step: int, rank: int, held: Sequence[Kept]) -> None:
     said = {"schema": SCHEMA, "step": step, "rank": rank, "records": [h.about for h in held]}
     path = step_path(folder, step, rank)
     part = path.with_name(f".{path.name}.part")

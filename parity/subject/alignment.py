@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parity.subject.boxes import boxes_of
 
@@ -114,6 +114,18 @@ def align(build: Callable[[Full], Mapping[str, Tensor]], full: Full, wholes: Who
         wholes.held(name, sum(_whole_numbers(r[name]) << i * bits for i, r in enumerate(read)))  # type: ignore[arg-type]
         for name in read[0]
     ]
+
+
+def held(build: Callable[[Full], nn.Module], full: Full) -> dict[str, Held]:
+    """What this rank's parameters hold of the baseline's, by their own names.
+
+    `build` makes the candidate from a state dict as it does from a checkpoint, and is called a few
+    times; `full` is the baseline's state dict, of which only names and shapes matter. For
+    `parity.record(..., layout=parity.held(build, full))`.
+    """
+    wholes = Wholes({name: p for name, p in full.items() if p.is_floating_point()})
+    found = align(lambda values: dict(build(values).named_parameters()), full, wholes)
+    return {one.name: one for one in found}
 
 
 def _read(

@@ -15,6 +15,7 @@ from torch import Tensor
 from parity import UsageError
 from parity.cli import main
 from parity.offline.report import as_json, text
+from parity.subject.alignment import Box, Held, Part
 from tests.offline.ranks import compare, recorder, write, write_all, wrong
 
 G = {"w": torch.randn(6, 4, generator=torch.Generator().manual_seed(0))}
@@ -196,10 +197,8 @@ def test_a_sum_that_lacks_a_term(tmp_path: Path) -> None:
 def test_a_baseline_with_a_hole(tmp_path: Path) -> None:
     ranks = [({"tp": i}, {"w": G["w"].chunk(2)[i]}) for i in range(2)]
     rank = write(tmp_path / "b", ONES, G)
-    boxes = type(
-        "Boxes", (), {"shape": (6, 4), "boxes": [((0, 0), (3, 4), torch.arange(12).view(3, 4))]}
-    )
-    hole = write_all(tmp_path / "hole", ranks, layout={"w": boxes()})
+    upper = Part("w", (6, 4), [Box((0, 0), torch.arange(12).view(3, 4))])
+    hole = write_all(tmp_path / "hole", ranks, layout={"w": Held("w", (3, 4), [upper])})
     report = compare(hole, rank)
     assert wrong(report)["gradient of w"] == "hole"
     assert report.wrong[0].verdict.text == (
@@ -408,20 +407,9 @@ def test_sketches_of_shards(tmp_path: Path) -> None:
         part = {"w": whole.chunk(4, 1)[rank].contiguous()} if rank < 4 else {}
         if part["w"].shape[1] != 8:  # 30 over 4 is uneven
             part = {"w": whole[:, 24:].contiguous()}
-        boxes = type(
-            "Boxes",
-            (),
-            {
-                "shape": (40, 30),
-                "boxes": [
-                    (
-                        (0, 8 * rank),
-                        tuple(part["w"].shape),
-                        torch.arange(part["w"].numel()).view_as(part["w"]),
-                    )
-                ],
-            },
-        )()
+        positions = torch.arange(part["w"].numel()).view_as(part["w"])
+        columns = Part("w", (40, 30), [Box((0, 8 * rank), positions)])
+        boxes = Held("w", tuple(part["w"].shape), [columns])
         options: dict[str, Any] = {"at": {"tp": rank}, "sketch": True, "layout": {"w": boxes}}
         write(tmp_path / "b", part, part, rank, 4, **options)
     assert not compare(tmp_path / "a", tmp_path / "b").wrong

@@ -17,8 +17,11 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
+import parity
 from parity.offline.place import shard
-from tests.offline.ranks import compare, recorder, write, write_all, wrong
+from parity.subject.alignment import Box, Held, Part
+from tests.offline.ranks import Model, compare, recorder, write, write_all, wrong
+from tests.subject.cuts import CUTS, Cut, full
 
 At = dict[str, int]
 
@@ -158,13 +161,8 @@ def test_pieces_that_are_of_no_whole(tmp_path: Path) -> None:
     assert wrong(report)["gradient of w"] == "shape"
     assert report.wrong[0].verdict.text == (
         "along no axis do its pieces add up to the baseline's (8,): rank 0 (3,), rank 1 (3,); "
-        "if it is packed in another way, give `layout` its boxes"
+        "if it is packed in another way, give `layout` what parity.held finds"
     )
-
-
-class Boxes(NamedTuple):
-    shape: tuple[int, ...]
-    boxes: list[tuple[tuple[int, ...], tuple[int, ...], Tensor]]
 
 
 def test_boxes_say_which_element_belongs_where(tmp_path: Path) -> None:
@@ -175,8 +173,8 @@ def test_boxes_say_which_element_belongs_where(tmp_path: Path) -> None:
         rows = [slice(3 * rank, 3 * rank + 3), slice(6 + 3 * rank, 9 + 3 * rank)]
         local = torch.cat([whole[r] for r in rows]).T.contiguous()
         places = torch.arange(24).view(4, 6).T
-        boxes = [((r.start, 0), (3, 4), places[3 * i : 3 * i + 3]) for i, r in enumerate(rows)]
-        layout = {"w": Boxes((12, 4), boxes)}
+        boxes = [Box((r.start, 0), places[3 * i : 3 * i + 3]) for i, r in enumerate(rows)]
+        layout = {"w": Held("w", (4, 6), [Part("w", (12, 4), boxes)])}
         write(tmp_path / "b", {"w": local}, {"w": local}, rank, 2, at={"tp": rank}, layout=layout)
     report = compare(tmp_path / "a", tmp_path / "b")
     assert {j.verdict.status for j in report.judged} == {"exact"}
@@ -198,7 +196,7 @@ def test_pieces_that_do_not_tile_the_whole(
         n = 3 if status == "hole" and rank == 0 else 4
         n = 4 if status == "hole" and rank == 1 else n
         part = {"w": torch.ones(n)}
-        boxes = Boxes((8,), [((offset,), (n,), torch.arange(n))])
+        boxes = Held("w", (n,), [Part("w", (8,), [Box((offset,), torch.arange(n))])])
         write(tmp_path / "b", part, part, rank, 2, at={"tp": rank}, layout={"w": boxes})
     report = compare(tmp_path / "a", tmp_path / "b")
     assert wrong(report)["gradient of w"] == status
@@ -209,7 +207,7 @@ def test_ranks_that_disagree_about_the_whole(tmp_path: Path) -> None:
     write(tmp_path / "a", {"w": torch.ones(8)}, {"w": torch.ones(8)})
     part = {"w": torch.ones(4)}
     for rank, n in enumerate((8, 9)):
-        boxes = Boxes((n,), [((4 * rank,), (4,), torch.arange(4))])
+        boxes = Held("w", (4,), [Part("w", (n,), [Box((4 * rank,), torch.arange(4))])])
         write(tmp_path / "b", part, part, rank, 2, at={"tp": rank}, layout={"w": boxes})
     report = compare(tmp_path / "a", tmp_path / "b")
     assert report.wrong[0].verdict.text == (
@@ -241,3 +239,39 @@ def test_activations_of_parts_of_the_batch_are_put_together(tmp_path: Path) -> N
         "forward of output of 1",
         "forward of output of the model",
     ]
+
+
+OF_CUTS = [cut for cut in CUTS if cut.name not in ("tied", "held twice", "flat in bfloat16")]
+
+
+@pytest.mark.parametrize("cut", OF_CUTS, ids=lambda cut: cut.name)
+def test_however_parameters_are_stored_their_place_is_found_by_parity_held(
+    cut: Cut, tmp_path: Path
+) -> None:
+    """Fused, flat, padded, renamed: recorded under the baseline's names, gradients too."""
+    wholes = full()
+    slopes = {name: w.cos() for name, w in wholes.items()}
+
+    def build(values: Mapping[str, Tensor], rank: int) -> nn.Module:
+        return Model(cut.keep(values, 4, rank))
+
+    kept: set[str] = set()
+    for rank in range(4):
+        layout = parity.held(lambda f, rank=rank: build(f, rank), wholes)
+        kept |= {part.whole for h in layout.values() for part in h.parts}
+        local, slope = build(wholes, rank), build(slopes, rank)
+        write(
+            tmp_path / "b",
+            {name: p.detach() for name, p in local.named_parameters()},
+            {name: p.detach() for name, p in slope.named_parameters()},
+            rank,
+            4,
+            at={"tp": rank},
+            layout=layout,
+        )
+    own = {name: wholes[name] for name in wholes if name in kept}
+    write(tmp_path / "a", own, {name: slopes[name] for name in own})
+    report = compare(tmp_path / "a", tmp_path / "b")
+    statuses = {str(j.verdict.key): j.verdict.status for j in report.judged}
+    assert set(statuses.values()) == {"exact"}, statuses
+    assert {f"gradient of {name}" for name in own} <= set(statuses)

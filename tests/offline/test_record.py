@@ -15,6 +15,7 @@ from torch import nn
 import parity
 from parity import UsageError
 from parity.offline.names import plain
+from parity.subject.alignment import Box, Held, Part
 from tests.offline.ranks import Model, compare, recorder, write
 
 
@@ -203,8 +204,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"layout": {"up.w": "tp"}, "at": {"tp": 0}},
-        "layout of 'up.w': it is a str; expected {dimension: axis}, as in {0: \"tp\"}, or an "
-        "object with `boxes` and `shape`",
+        "layout of 'up.w': it is a str; expected {dimension: axis}, as in {0: \"tp\"}, or "
+        "what parity.held has found",
     ),
     (
         {"at": {"tp": 2}, "sizes": {"tp": 2}},
@@ -270,14 +271,11 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 
 
 def test_a_layout_made_for_another_piece(tmp_path: Path) -> None:
-    class Boxes:
-        shape = (8, 2)
-        boxes = (((0, 0), (8, 2), torch.arange(16).view(8, 2)),)
-
+    whole = Part("up.w", (8, 2), [Box((0, 0), torch.arange(16).view(8, 2))])
     with pytest.raises(UsageError) as error:
-        recorder(tmp_path, W, 0, 2, layout={"up.w": Boxes()})
+        recorder(tmp_path, W, 0, 2, layout={"up.w": Held("up.w", (8, 2), [whole])})
     assert str(error.value) == (
-        "layout of 'up.w': it names element 15 of 'up.w', which has 8 here; the layout was made "
+        "layout of 'up.w': it is of a tensor of (8, 2), and 'up.w' has (4, 2) here; it was made "
         "for another piece: make it anew on this rank"
     )
 

@@ -1,0 +1,79 @@
+"""Layers by hand over tp, cp and ep pass without a word on where anything lies; mistakes do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import parity
+from parity.subject.check import Differs, Kept
+from tests.subject.by_hand import (
+    VOCAB,
+    WIDTH,
+    Attention,
+    ContextParallelAttention,
+    ExpertParallel,
+    Experts,
+    VocabParallelEmbedding,
+)
+
+
+@pytest.fixture(scope="module")
+def kept() -> Kept:
+    return Kept()
+
+
+def check(kept: Kept, axis: str, size: int, wrong: str = "") -> None:
+    torch.manual_seed(0)
+    case = parity.TestCase(parity.Case({axis: size}), kept=kept)
+    x = torch.randn(4, 8, WIDTH)
+    match axis:
+        case "tp":
+            case.check(
+                lambda: nn.Embedding(VOCAB, WIDTH),
+                lambda full, mesh: VocabParallelEmbedding(full, mesh["tp"], wrong),
+                [torch.randint(0, VOCAB, (4, 8))],
+            )
+        case "cp":
+            case.check(
+                Attention,
+                lambda full, mesh: ContextParallelAttention(full, mesh["cp"], wrong),
+                [x],
+                split={"cp": 1},
+            )
+        case "ep":
+            case.check(
+                Experts,
+                lambda full, mesh: ExpertParallel(full, mesh["ep"], wrong),
+                [x],
+                split={"ep": 0},
+            )
+
+
+@pytest.mark.parametrize(
+    ("axis", "size"), [("tp", 3), ("tp", 4), ("cp", 2), ("cp", 4), ("ep", 2), ("ep", 4)]
+)
+def test_a_right_layer_passes(kept: Kept, axis: str, size: int) -> None:
+    check(kept, axis, size)
+
+
+@pytest.mark.parametrize(
+    ("axis", "wrong", "said"),
+    [
+        ("tp", "not masked", "first divergence: forward of output"),
+        ("cp", "no sum in backward", "culprit: backward of output of qkv"),
+        ("cp", "mask of the first part", "only the pieces of rank 1 differ (cp=1)"),
+        (
+            "ep",
+            "router not summed",
+            "the sum over ep of what the ranks hold equals the baseline: a sum over ep (an "
+            "all-reduce) is missing",
+        ),
+        ("ep", "sorted the other way", "first divergence: forward of output"),
+    ],
+)
+def test_a_wrong_layer_fails(kept: Kept, axis: str, wrong: str, said: str) -> None:
+    with pytest.raises(Differs) as caught:
+        check(kept, axis, 2, wrong)
+    assert said in str(caught.value)
