@@ -20,6 +20,7 @@ Explanation = Callable[[Evidence], Iterator[Fit]]
 
 EXPLANATIONS: tuple[Explanation, ...] = (
     mistakes.zero,
+    mistakes.untied,
     mistakes.unreduced,
     mistakes.unchanged,
     mistakes.miscounted,

@@ -108,9 +108,19 @@ def norms_added(e: Evidence, axis: str, once: bool) -> Tensor:
     return total
 
 
+def held_twice(e: Evidence) -> dict[tuple[int, _Box], list[Tensor]]:
+    """What a rank holds more than one of, by rank and box."""
+    held: dict[tuple[int, _Box], list[Tensor]] = {}
+    for rank, offset, tensor in e.pieces:
+        held.setdefault((rank, (offset, tuple(tensor.shape))), []).append(tensor.double())
+    return {key: copies for key, copies in held.items() if len(copies) > 1}
+
+
 def sum_over(e: Evidence, axes: Sequence[str]) -> tuple[Tensor | None, int]:
     """The pieces of the ranks that differ in these coordinates alone, added; and how many."""
     groups: dict[_Box, dict[tuple[int, ...], list[Tensor]]] = {}
+    if held_twice(e):
+        return None, 0
     for rank, offset, tensor in e.pieces:
         rest = tuple(v for k, v in e.at[rank].items() if k not in axes) if e.at else ()
         box = (offset, tuple(tensor.shape))

@@ -15,6 +15,8 @@ from parity.evidence import (
     CLOSE,
     Evidence,
     Fit,
+    box_of,
+    held_twice,
     is_close,
     known_vector,
     nearest,
@@ -78,6 +80,17 @@ def unreduced(e: Evidence) -> Iterator[Fit]:
                 e.residual(k * e.want, total),
                 some[0],
             )
+
+
+def untied(e: Evidence) -> Iterator[Fit]:
+    """Of the copies that a rank holds, each has a part of the gradient."""
+    twice = held_twice(e)
+    if twice and all(
+        is_close(torch.stack(copies).sum(0), box_of(e.want, *box))
+        for (_, box), copies in twice.items()
+    ):
+        text = "copies of it on one rank add up to the baseline: a tied weight that is tied no more"
+        yield Fit("untied", text)
 
 
 def last_bits(e: Evidence) -> Iterator[Fit]:

@@ -43,6 +43,7 @@ class Placed(NamedTuple):
 
 
 Place = Callable[[Seen], Placed | None]  # None: not to be recorded
+Sound = Callable[[Tensor, Tensor], bool]
 
 
 def whole(seen: Seen) -> Placed | None:
@@ -57,12 +58,15 @@ def record_modules(
     model: nn.Module,
     place: Place = whole,
     rename: Callable[[str], str | None] = lambda path: path,
+    is_sound: Sound | None = None,
 ) -> Iterator[None]:
     """Record, as `activation` and `backward`, what `model` and all modules in it see meanwhile.
 
-    `rename` is from a module's path to the baseline's; modules without one are left out.
+    `rename` is from a module's path to the baseline's; modules without one are left out. With
+    `is_sound`, which is asked of each gradient and its tensor whether it can be compared, that of
+    what a module takes in is what this module adds to it, whoever else takes the tensor in.
     """
-    recorder = _Recorder(trace, place)
+    recorder = _Recorder(trace, place, is_sound)
     hooks = []
     for path, module in model.named_modules():
         if (theirs := rename(path)) is not None:
@@ -75,14 +79,19 @@ def record_modules(
 
 
 class _Recorder:
-    def __init__(self, trace: Trace, place: Place) -> None:
-        self.trace, self.place = trace, place
+    def __init__(self, trace: Trace, place: Place, is_sound: Sound | None) -> None:
+        self.trace, self.place, self.is_sound = trace, place, is_sound
         self.calls: Counter[str] = Counter()
 
     def hook(self, path: str, module: nn.Module) -> list[Any]:
-        def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            for x in inputs[:1]:  # further ones are masks and the like
-                self.see(path, True, x)
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not inputs:
+                return None
+            x, *others = inputs  # those are masks and the like
+            is_apart = self.is_sound is not None and isinstance(x, Tensor) and x.requires_grad
+            own = x.view_as(x) if is_apart else x
+            self.see(path, True, own)
+            return (own, *others) if is_apart else None
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
             self.see(path, False, output)
@@ -99,7 +108,12 @@ class _Recorder:
             return
         self.add("activation", seen.name, placed, x)
         if x.requires_grad:
-            x.register_hook(lambda grad: self.add("backward", seen.name, placed, grad.clone()))
+            x.register_hook(lambda grad: self.see_gradient(seen, placed, x, grad))
+
+    def see_gradient(self, seen: Seen, placed: Placed, x: Tensor, grad: Tensor) -> Tensor | None:
+        if self.is_sound is not None and not self.is_sound(grad, x):
+            return None
+        return self.add("backward", seen.name, placed, grad.clone())
 
     @torch.no_grad()
     def add(self, check: str, name: str, placed: Placed, x: Tensor) -> Tensor:

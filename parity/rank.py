@@ -161,7 +161,7 @@ def _outcome_of(error: BaseException) -> Outcome:
 
     from parity.errors import Lost, ProtocolError
 
-    said = str(error).splitlines()[0] if str(error) else ""
+    said = str(error).strip().partition("\n")[0]
     lost = isinstance(error, dist.DistError | Lost) or any(
         sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer")
     )

@@ -98,10 +98,10 @@ def _split_text(a: Piece, b: Piece) -> str:
     count = int((a.tensor != b.tensor).sum())
     wide = torch.complex128 if a.tensor.is_complex() else torch.float64
     far = (a.tensor.to(wide) - b.tensor.to(wide)).abs().max().item()
-    return (
-        f"ranks {a.rank} and {b.rank} hold different copies "
-        f"({count} of {a.tensor.numel()} elements differ, by up to {far:.1e})"
-    )
+    who = f"ranks {a.rank} and {b.rank} hold different copies"
+    if a.rank == b.rank:
+        who = f"rank {a.rank} holds two copies that differ"
+    return f"{who} ({count} of {a.tensor.numel()} elements differ, by up to {far:.1e})"
 
 
 def _tiling(pieces: list[Piece], shape: tuple[int, ...]) -> list[Finding]:

@@ -145,7 +145,7 @@ def paths_of(held: Sequence[Held], *, is_whole: bool) -> dict[str, str]:
         own, theirs = h.name.split("."), h.parts[0].whole.split(".")
         while own and theirs and own[-1] == theirs[-1]:
             own, theirs = own[:-1], theirs[:-1]
-            if own:
+            if own and (theirs or is_whole):  # a stage has no name of its own
                 paths.setdefault(".".join(own), ".".join(theirs))
     # Around it a wrapper may be (DDP): then it is what is inside that is recorded.
     return paths if not is_whole or "" in paths.values() else {"": "", **paths}

@@ -120,7 +120,9 @@ def make_generic(model: nn.Module, dtype: torch.dtype) -> None:
     for p in model.parameters():
         if p.is_floating_point() and p.numel():
             if p.numel() == 1 or (p == p.reshape(-1)[0]).all():
-                p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
+                # In another dtype other numbers would be drawn.
+                noise = torch.randn(p.shape, generator=generator, dtype=torch.float32)
+                p.add_(0.1 * noise.to(p))
             p.copy_(p.to(dtype).to(p.dtype))
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parity.case import Run
@@ -41,7 +41,10 @@ def train(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> None:
     for step in range(run.steps):
         for p in program.trained.values():
             p.grad = None
-        with _modules(side) if run.detail and step == 0 else nullcontext():
+        with ExitStack() as recording:
+            if run.detail and step == 0:
+                is_scheduled = _try_out(side, inputs, targets)
+                recording.enter_context(_modules(side, is_scheduled))
             outputs = _step(side, inputs, targets)
         side.trace.forget(side.places.incomplete)
         if program.step is None and not list(leaves(outputs, "output")):
@@ -100,7 +103,10 @@ def _gradients(side: Side, inputs: Sequence[Any]) -> None:
             gradient = torch.zeros_like(p)
         # One that the baseline trains and the candidate does not has a gradient of zero.
         if gradient is not None and (p.requires_grad or _is_trained(side, name)):
-            _pieces(side, "gradient", "", name, _placed_as(gradient, p))
+            gradient = _placed_as(gradient, p)
+            _pieces(side, "gradient", "", name, gradient)
+            if Trace.masks and p.requires_grad and program.gradient is Program.gradient:
+                p.grad = gradient  # a right value may be in it
     if side.subject.input_gradients:
         for name, x in leaves(list(inputs), "input"):
             if x.requires_grad:
@@ -145,13 +151,43 @@ def _whole_or_piece(side: Side, check: str, name: str, tensor: Tensor, times: in
     side.trace.add(check, name, local(tensor), shape=place.shape, offset=place.offset, times=times)
 
 
-def _modules(side: Side) -> ExitStack:
+def _try_out(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> bool:
+    """Steps that nobody looks at, and whether a pipeline schedule makes them. In their first one,
+    schedules call their stages once more, to learn shapes; after it each call has its own rows.
+    """
+    program, calls = side.program, [0, 0]
+    if program.step is None or program.gradient is not Program.gradient:
+        return False  # what one step more would leave behind elsewhere is not known
+    for step in range(2):
+
+        def count(module: nn.Module, inputs: Any, step: int = step) -> None:
+            calls[step] += 1
+
+        hooks = [module.register_forward_pre_hook(count) for module in program.modules]
+        program.step(*inputs, *targets)
+        for hook in hooks:
+            hook.remove()
+    for tensor in [*program.trained.values(), *(x for _, x in leaves(list(inputs), "input"))]:
+        tensor.grad = None
+    return calls[0] > calls[1]
+
+
+def _modules(side: Side, is_scheduled: bool) -> ExitStack:
     stack = ExitStack()
+
+    def is_sound(gradient: Tensor, of: Tensor) -> bool:
+        if is_scheduled:
+            return False  # a schedule may weigh its microbatches after they are all added up
+        if isinstance(of, DTensor) and isinstance(gradient, DTensor):
+            return gradient.placements == of.placements  # else its sum is still to be made
+        return True
+
     for i, module in enumerate(side.program.modules):
         prefix = f"{i}." if len(side.program.modules) > 1 else ""
 
         def rename(path: str, prefix: str = prefix) -> str | None:
             return side.places.path_of(prefix + path)
 
-        stack.enter_context(record_modules(side.trace, module, side.places.of_seen, rename))
+        place = side.places.of_seen
+        stack.enter_context(record_modules(side.trace, module, place, rename, is_sound))
     return stack
