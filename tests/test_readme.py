@@ -20,18 +20,23 @@ from parity.plugin import options
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+TARGETS = ROOT / "docs" / "targets.md"
+STEP = ROOT / "docs" / "check-your-training-step.md"
 CLUSTER = ROOT / "docs" / "a-run-on-your-cluster.md"
 FILE = re.compile(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", re.DOTALL)
 OUTPUT = re.compile(r"<!-- output: (.*?) -->\n```\n(.*?)```", re.DOTALL)
+QUOTE = re.compile(r"<!-- quote: (\S+) -->\n```\w*\n(.*?)```", re.DOTALL)
 RUN = re.compile(r"<!-- run -->\n```bash\n(.*?)```", re.DOTALL)
 REMOVED = "  (without the all_reduce)"
 
 
-def run(command: str, folder: Path) -> str:
-    """The command's output from its table on; run in the checkout, or beside the README's files."""
-    for name, text in FILE.findall(README.read_text()):
+def run(command: str, folder: Path, document: Path = README) -> str:
+    """The command's output, of a matrix from its table on; run in the checkout, or beside the
+    document's files.
+    """
+    for name, text in FILE.findall(document.read_text()):
         if REMOVED in command:
-            text = re.sub(r".*dist\.all_reduce.*\n", "", text)
+            text = re.sub(r"( *)dist\.all_reduce.*\n", r"\1pass\n", text)
         (folder / name).write_text(text)
     shown = command.removesuffix(REMOVED)
     words = shown.split()
@@ -53,7 +58,9 @@ def run(command: str, folder: Path) -> str:
         assert done.returncode == 0, done.stdout
         return done.stdout[: done.stdout.index("\nbug ")].strip() + "\n"
     assert done.returncode == (1 if REMOVED in command else 0), done.stdout + done.stderr
-    return done.stdout[done.stdout.index("\ncase ") + 1 :]
+    return (
+        done.stdout[done.stdout.index("\ncase ") + 1 :] if " check " not in shown else done.stdout
+    )
 
 
 def prepare(document: Path, folder: Path) -> None:
@@ -92,9 +99,21 @@ def without_numbers(text: str) -> str:
     return re.sub(r"[ -]{2,}", " ", text).strip()
 
 
-@pytest.mark.parametrize(("command", "shown"), OUTPUT.findall(README.read_text()))
-def test_the_output_shown_is_the_output(command: str, shown: str, tmp_path: Path) -> None:
-    assert without_numbers(run(command, tmp_path)) == without_numbers(shown)
+SHOWN = [(d, *found) for d in (README, TARGETS, STEP) for found in OUTPUT.findall(d.read_text())]
+
+
+@pytest.mark.parametrize(("document", "command", "shown"), SHOWN)
+def test_the_output_shown_is_the_output(
+    document: Path, command: str, shown: str, tmp_path: Path
+) -> None:
+    assert without_numbers(run(command, tmp_path, document)) == without_numbers(shown)
+
+
+def test_what_the_readme_quotes_is_there() -> None:
+    quotes = QUOTE.findall(README.read_text())
+    assert len(quotes) == 2
+    for document, text in quotes:
+        assert text in (ROOT / document).read_text()
 
 
 def test_a_run_on_your_cluster(tmp_path: Path) -> None:
@@ -106,7 +125,7 @@ def test_a_run_on_your_cluster(tmp_path: Path) -> None:
 
 
 def test_the_example_passes_as_it_stands(tmp_path: Path) -> None:
-    out = run("parity run", tmp_path)
+    out = run("parity run", tmp_path, TARGETS)
     assert "PASS (3):\n  tp=1  (diff=0.0)" in out
     assert "FAIL (0):" in out
 
@@ -162,9 +181,9 @@ def rewrite(document: Path, command: str, new: str) -> None:
 
 
 if __name__ == "__main__":
-    for command, _ in OUTPUT.findall(README.read_text()):
+    for document, command, _ in SHOWN:
         with tempfile.TemporaryDirectory() as folder:
-            rewrite(README, command, run(command, Path(folder)))
+            rewrite(document, command, run(command, Path(folder), document))
     with tempfile.TemporaryDirectory() as folder:
         prepare(CLUSTER, Path(folder))
         for command, _ in OUTPUT.findall(CLUSTER.read_text()):
