@@ -61,7 +61,7 @@ def cuttings(draw: st.DrawFn) -> Cutting:
 
 
 @given(cuttings(), st.booleans())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_place_of_every_piece_is_found(cutting: Cutting, has_layout: bool) -> None:
     """By the shapes; of several ways that fit, by the values. With a layout, by that."""
     whole = torch.randn(cutting.shape)
@@ -82,7 +82,7 @@ def test_the_place_of_every_piece_is_found(cutting: Cutting, has_layout: bool) -
 
 
 @given(cuttings(), st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_one_wrong_element_of_one_rank_is_found(cutting: Cutting, data: st.DataObject) -> None:
     whole, ranks = torch.randn(cutting.shape), cutting.ranks()
     parts = [cutting.part(whole, at) for at in ranks]
@@ -106,7 +106,7 @@ def test_one_wrong_element_of_one_rank_is_found(cutting: Cutting, data: st.DataO
 @given(
     st.integers(1, 30), st.integers(1, 4), st.integers(1, 4), st.sampled_from(["shard", "strided"])
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_shards_are_where_torch_says(n: int, dp: int, tp: int, kind: str) -> None:
     first = Shard(0) if kind == "shard" else _StridedShard(0, split_factor=tp)
     for i, j in product(range(dp), range(tp)):

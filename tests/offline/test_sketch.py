@@ -21,7 +21,7 @@ def whole(x: torch.Tensor) -> torch.Tensor:
 
 
 @given(shapes, st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_sketches_of_the_pieces_add_up_to_that_of_the_whole(
     shape: Shape, data: st.DataObject
 ) -> None:
@@ -35,7 +35,7 @@ def test_the_sketches_of_the_pieces_add_up_to_that_of_the_whole(
 
 
 @given(st.integers(0, 2**31), st.integers(1, 5000), st.floats(-8, 1), st.booleans())
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 def test_the_relative_error_is_estimated_within_a_quarter(
     seed: int, n: int, exponent: float, is_sparse: bool
 ) -> None:
@@ -94,7 +94,7 @@ def test_complex_numbers_and_whole_numbers() -> None:
 
 
 @given(shapes, st.integers(1, 30))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_regions_tile_the_whole_and_are_small(shape: Shape, limit: int) -> None:
     seen = torch.zeros(shape, dtype=torch.int64)
     for region in regions(shape, limit):

@@ -160,14 +160,14 @@ def _moved(x: Tensor, step: int) -> Tensor:
 
 
 @given(stored())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_way_to_store_is_found_exactly(case: tuple[dict[str, Tensor], Keep]) -> None:
     wholes, keep = case
     check(found(keep, wholes), keep(wholes), wholes)
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_boxes_tile_a_set(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 4), min_size=0, max_size=4))
     size = math.prod(shape)

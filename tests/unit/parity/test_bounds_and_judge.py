@@ -83,7 +83,7 @@ def test_one_element_wrong_by_little_is_a_bug_at_its_place(wrong: float) -> None
 
 
 @given(st.integers(0, 23), st.integers(0, 30), st.floats(1.01, 100), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_bound_that_is_printed_is_the_bound(i: int, j: int, by: float, above: bool) -> None:
     """An error just above what the row may have is flagged, one just below is not."""
     e = expected(torch.float64)
