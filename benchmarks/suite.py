@@ -22,7 +22,8 @@ from tabulate import tabulate
 
 from parity import launch
 from parity.case import Case, Run, parse_axes
-from parity.plan import Plan, Wish, prepare, resolve
+from parity.plan import Plan, Wish, resolve
+from parity.prepare import prepare
 from parity.run import Session
 from parity.trace import CHECKS
 

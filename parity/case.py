@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 Scalar = str | int | float | bool
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def _wish(args: argparse.Namespace) -> Wish:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from parity.plan import prepare
+    from parity.prepare import prepare
 
     plan, skipped = prepare(args.matrix, _wish(args))
     cases = plan.cases
@@ -192,7 +192,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> tuple[Report, bool]:
     """Everything that is wrong with the command is said before anything runs."""
-    from parity.plan import prepare
+    from parity.prepare import prepare
 
     if problem := _wrong_json(args.json):
         raise UsageError(problem)
@@ -287,7 +287,7 @@ def _execute(plan: Plan, args: argparse.Namespace, skipped: Sequence[Skip]) -> t
 
 
 def _soak(args: argparse.Namespace) -> int:
-    from parity.plan import prepare_soak
+    from parity.prepare import prepare_soak
     from parity.soak import Soaked, soak, text
 
     plan, space = prepare_soak(args.matrix, _wish(args))

@@ -20,8 +20,6 @@ from parity.case import Case, Scalar, parse_axes
 from parity.errors import UsageError
 from parity.yaml_file import Document
 
-DTYPES = ("float64", "float32", "bfloat16", "float16")
-
 Positive = Annotated[int, Field(ge=1)]
 Reference = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]

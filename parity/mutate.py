@@ -34,7 +34,8 @@ from parity.judge import LOGIC, Verdict
 from parity.launcher import launch
 from parity.ledger import SIZE
 from parity.mutants import KINDS, Ledgers, Mutant, Site, labels, matches, mutants, sites
-from parity.plan import Plan, Wish, prepare
+from parity.plan import Plan, Wish
+from parity.prepare import prepare
 from parity.report import what_is_wrong
 from parity.run import verdicts, whole_of
 from parity.trace import Recording

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -15,10 +15,12 @@ from parity.case import Case
 from parity.culprit import Culprit
 from parity.errors import COULD_NOT_RUN, PARITY_FAILURE, PASSED, USAGE
 from parity.judge import LOGIC, Verdict
-from parity.matrix_file import Skip
 from parity.plan import Plan
 from parity.run import Judged, Result
 from parity.trace import CHECKS
+
+if TYPE_CHECKING:
+    from parity.matrix_file import Skip
 
 SCHEMA = 1  # of the JSON report: raised when a reader of the old one would misread the new one
 PIECES = ("split", "hole", "overlap")

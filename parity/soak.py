@@ -20,7 +20,8 @@ from hypothesis.errors import Flaky, Unsatisfiable
 from parity.case import Case, Scalar
 from parity.errors import ParityError, TraceError, UsageError
 from parity.matrix_file import Range
-from parity.plan import Plan, Space
+from parity.plan import Plan
+from parity.prepare import Space
 from parity.run import Result, Session
 
 CASES = 4  # topologies that share the baselines of a draw

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo  # what the first optimizer of a process would import, in every rank
 import torch.distributed
 import torch.distributed.device_mesh
+import torch.distributed.tensor
 
 import parity.backend
 import parity.subject.target

@@ -46,7 +46,7 @@ ROWS = {
         ["judge", "wording"],
         ["plan", "mistakes", "rows", "parts"],
         ["tracing", "diagnose"],
-        ["baseline", "culprit"],
+        ["baseline", "culprit", "prepare"],
         ["run", "explain"],
         ["report", "investigate", "soak"],
         ["mutate"],
@@ -162,10 +162,7 @@ def test_torch_distributed_is_spoken_to_in_few_places() -> None:
         "parity/launcher",  # knows what its files are called
         "parity/script",  # hosts the store of ranks that join by themselves
         "parity/warm",
-        "subject/alignment",  # takes DTensors for what they hold
         "subject/placing",
-        "subject/places",
-        "subject/training",
         "subject/target",  # makes the mesh
         "subject/layout",  # speaks in placements
         "parity/mutants",  # knows the reductions by name

@@ -52,7 +52,7 @@ class MatrixFile(pytest.File):
     def collect(self) -> Iterator[pytest.Item]:
         if not self.config.option.collectonly:
             forkserver.warm_up()
-        from parity.plan import prepare
+        from parity.prepare import prepare
 
         try:
             self.plan, skipped = prepare(self.path, sharing.of(self).wish)

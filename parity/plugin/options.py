@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
+from parity.case import DTYPES
+
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "parity", "nccl", "gloo")
 
@@ -63,8 +65,6 @@ def _seconds(text: str) -> float:
 
 
 def _dtype(text: str) -> str:
-    from parity.matrix_file import DTYPES  # read only when it is asked for: it loads pydantic
-
     return _one_of(DTYPES)(text)
 
 

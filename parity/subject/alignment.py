@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from parity.subject.boxes import boxes_of
+from parity.subject.placing import as_dtensor
 
 BITS = 50  # of a value; float64 holds it exactly
 
@@ -148,9 +149,8 @@ def _read(
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of it."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    found = as_dtensor(tensor)
+    return tensor if found is None else found.to_local()
 
 
 def digits(dtype: torch.dtype) -> int:

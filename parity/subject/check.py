@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from parity.baseline import Baselines
-from parity.case import Case, Run, Scalar
+from parity.case import DTYPES, Case, Run, Scalar
 from parity.errors import PARITY_FAILURE, ParityError, UsageError
 from parity.investigate import Investigator
 from parity.launcher import Backend
-from parity.matrix_file import DTYPES
 from parity.plan import Baseline, Packed, Plan, Wish, backend_for, room_for
 from parity.report import failure
 from parity.run import Result, Session

@@ -7,13 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
 
 from parity.case import Case, Run
 from parity.launcher import Backend, launch
@@ -22,6 +20,11 @@ from parity.subject.packing import pack
 from parity.subject.placing import share
 from parity.subject.program import Subject
 from parity.subject.target import Candidate
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
+
+Cuts = tuple[int | None, ...]  # by axis of the mesh: the dim that it cuts
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,24 @@ class Layout:
 
     def placements(self, whole: str) -> tuple[Placement, ...] | None:
         """As DTensor has it, one per axis of the mesh; None for what is no DTensor."""
-        return self._cuts(whole, even=False)
+        from torch.distributed.tensor import Replicate, Shard
 
-    def _cuts(self, whole: str, *, even: bool) -> tuple[Placement, ...] | None:
+        cuts = self._cuts(whole, even=False)
+        if cuts is None:
+            return None
+        return tuple(Replicate() if dim is None else Shard(dim) for dim in cuts)
+
+    def _cuts(self, whole: str, *, even: bool) -> Cuts | None:
+        """The dim that each axis of the mesh cuts, if that is all that there is to say."""
         found = [_only(rank, whole) for rank in self.ranks]
         if any(one is None for one in found):
             return None
         boxes = [part.boxes[0] for _, part in found if part is not None]  # type: ignore[misc]
         shape, places = self.wholes[whole], list(self._coordinates())
-        choices = [Replicate(), *(Shard(dim) for dim in range(len(shape)))]
-        for placements in product(choices, repeat=len(self.axes)):
-            expected = [_slice(shape, placements, self.axes, at, even) for at in places]
+        for cuts in product([None, *range(len(shape))], repeat=len(self.axes)):
+            expected = [_slice(shape, cuts, self.axes, at, even) for at in places]
             if expected == [(b.offset, tuple(b.positions.shape)) for b in boxes]:
-                return placements
+                return cuts
         return None
 
     def _coordinates(self) -> list[tuple[int, ...]]:
@@ -71,27 +79,27 @@ class Layout:
         return "\n".join([tabulate(rows, head, disable_numparse=True), *strange])
 
     def _rows(self, whole: str, shape: tuple[int, ...]) -> list[list[str]]:
-        placements = self.placements(whole) or self._cuts(whole, even=True)
+        cuts = self._cuts(whole, even=False) or self._cuts(whole, even=True)
         ways: dict[tuple[str, str], list[int]] = {}
         for r, rank in enumerate(self.ranks):
             for held in rank:
                 for part in held.parts:
                     if part.whole == whole:
-                        said = "" if placements else _in_words(held, part)
+                        said = "" if cuts else _in_words(held, part)
                         ways.setdefault((held.name, said), []).append(r)
         rows = []
         for (name, said), ranks in ways.items():
-            how = said if placements is None else self._named(placements)
+            how = said if cuts is None else self._named(cuts)
             rows.append([whole, _times(shape), name, _ranks(ranks, len(self.ranks)), how])
         return rows
 
-    def _named(self, placements: Sequence[Placement]) -> str:
-        cuts = [
-            f"dim {p.dim} cut over {axis}"
-            for axis, p in zip(self.axes, placements, strict=True)
-            if isinstance(p, Shard) and self.axes[axis] > 1
+    def _named(self, cuts: Cuts) -> str:
+        said = [
+            f"dim {dim} cut over {axis}"
+            for axis, dim in zip(self.axes, cuts, strict=True)
+            if dim is not None and self.axes[axis] > 1
         ]
-        return ", ".join(cuts) or "all of it"
+        return ", ".join(said) or "all of it"
 
 
 def layout(
@@ -139,17 +147,17 @@ def _only(rank: Sequence[Held], whole: str) -> tuple[Held, Part] | None:
 
 def _slice(
     shape: Sequence[int],
-    placements: Sequence[Placement],
+    cuts: Cuts,
     axes: Mapping[str, int],
     at: Sequence[int],
     even: bool,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(offset, size) of a shard, the dims cut by the first axis first (see `share`)."""
     offset, size = [0] * len(shape), list(shape)
-    for n, placement, index in zip(axes.values(), placements, at, strict=True):
-        if isinstance(placement, Shard):
-            start, size[placement.dim] = share(size[placement.dim], n, index, even=even)
-            offset[placement.dim] += start
+    for n, dim, index in zip(axes.values(), cuts, at, strict=True):
+        if dim is not None:
+            start, size[dim] = share(size[dim], n, index, even=even)
+            offset[dim] += start
     return tuple(offset), tuple(size)
 
 

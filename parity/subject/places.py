@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from parity.errors import TraceError
 from parity.modules import Placed, Seen
@@ -15,6 +14,7 @@ from parity.subject.placing import (
     Cuts,
     Place,
     Unplaced,
+    as_dtensor,
     by_shape,
     cut,
     of_dtensor,
@@ -72,8 +72,8 @@ class Places:
         self, whole: tuple[int, ...], name: str, tensor: Tensor, word: Cuts | None = None
     ) -> Place:
         size = tuple(local(tensor).shape)
-        if isinstance(tensor, DTensor):
-            place = of_dtensor(tensor)
+        if (placed := as_dtensor(tensor)) is not None:
+            place = of_dtensor(placed)
             if place.shape != whole:
                 raise Unplaced(f"it is a DTensor of {place.shape}, and the baseline's is {whole}")
             return place
@@ -100,7 +100,8 @@ class Places:
 
     def _seen(self, whole: tuple[int, ...], seen: Seen) -> Place:
         x = seen.tensor
-        if self.rows is None or isinstance(x, DTensor) or not x.ndim or len(whole) != x.ndim:
+        is_plain = as_dtensor(x) is None and 0 < x.ndim == len(whole)
+        if self.rows is None or not is_plain:
             if seen.call:
                 raise Unplaced("the baseline's was called once")
             return self._of(whole, seen.name, x)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from parity.cutting import chunk, spans, tensor_split
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Cuts = Mapping[int, str | Sequence[str]]  # dim of a tensor -> the axis it is cut over, or axes
 
@@ -122,11 +123,20 @@ def _tuple(names: str | Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def as_dtensor(tensor: Tensor) -> DTensor | None:
+    """Itself, if it is one. They are loaded late: ranks have them, and who only starts ranks need
+    not wait half a second for them.
+    """
+    from torch.distributed.tensor import DTensor
+
+    return tensor if isinstance(tensor, DTensor) else None
+
+
 def of_dtensor(tensor: DTensor) -> Place:
     """By its placements; raises Unplaced for one whose parts are still to be summed."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    mesh: DeviceMesh = tensor.device_mesh
+    mesh = tensor.device_mesh
     partial = [axis for axis, p in enumerate(tensor.placements) if p.is_partial()]
     if partial:
         names = mesh.mesh_dim_names or ()

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from parity.case import Run
 from parity.errors import TraceError
 from parity.modules import record_modules
 from parity.subject.alignment import Part, local
 from parity.subject.places import Places
-from parity.subject.placing import part
+from parity.subject.placing import as_dtensor, part
 from parity.subject.program import Program, Subject, leaves, states_of
 from parity.trace import Trace
 
@@ -87,10 +86,15 @@ def _cotangent(side: Side, name: str, y: Tensor) -> Tensor:
     whole = torch.randn(place.shape, generator=generator, dtype=torch.float32)
     whole = whole.to(side.subject.start).to(y.device, y.dtype)
     piece = part(whole, place, local(y).shape)
-    if not isinstance(y, DTensor):
+    if (whole_y := as_dtensor(y)) is None:
         return piece
-    return DTensor.from_local(
-        piece, y.device_mesh, y.placements, run_check=False, shape=y.shape, stride=y.stride()
+    return type(whole_y).from_local(
+        piece,
+        whole_y.device_mesh,
+        whole_y.placements,
+        run_check=False,
+        shape=y.shape,
+        stride=y.stride(),
     )
 
 
@@ -122,9 +126,10 @@ def _is_trained(side: Side, name: str) -> bool:
 
 def _placed_as(gradient: Tensor, parameter: Tensor) -> Tensor:
     """A DTensor's gradient may have parts that are still to be summed, as its optimizer does."""
-    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
-        return gradient.redistribute(placements=parameter.placements)
-    return gradient
+    mine, owner = as_dtensor(gradient), as_dtensor(parameter)
+    if mine is None or owner is None:
+        return gradient
+    return mine.redistribute(placements=owner.placements)
 
 
 def _state(side: Side, later: str) -> None:
@@ -178,9 +183,10 @@ def _modules(side: Side, is_scheduled: bool) -> ExitStack:
     def is_sound(gradient: Tensor, of: Tensor) -> bool:
         if is_scheduled:
             return False  # a schedule may weigh its microbatches after they are all added up
-        if isinstance(of, DTensor) and isinstance(gradient, DTensor):
-            return gradient.placements == of.placements  # else its sum is still to be made
-        return True
+        mine, owner = as_dtensor(gradient), as_dtensor(of)
+        if mine is None or owner is None:
+            return True
+        return bool(mine.placements == owner.placements)  # else its sum is still to be made
 
     for i, module in enumerate(side.program.modules):
         prefix = f"{i}." if len(side.program.modules) > 1 else ""

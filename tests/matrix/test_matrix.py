@@ -10,7 +10,8 @@ import pytest
 
 from parity import Backend
 from parity.case import Case, parse_axes
-from parity.plan import Plan, Wish, prepare
+from parity.plan import Plan, Wish
+from parity.prepare import prepare
 from parity.report import what_is_wrong
 from parity.run import Result, Session
 

@@ -9,7 +9,8 @@ import pytest
 from parity.case import Case
 from parity.errors import UsageError
 from parity.matrix_file import Range
-from parity.plan import Plan, Wish, prepare_soak
+from parity.plan import Plan, Wish
+from parity.prepare import prepare_soak
 from parity.soak import Draw, Soaked, soak, text
 from tests.unit.parity.test_cli import MATRIX, Call, parity
 
