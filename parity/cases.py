@@ -82,6 +82,8 @@ def matrix(
     combinations = Combinations(axes, dict(options or {}), max_world, when)
 
     def mark(test: F) -> F:
+        if isinstance(test, type):
+            raise TypeError(f"parity.matrix: put it above the methods of {test.__name__}")
         test.__dict__[MARK] = combinations
         return test
 

@@ -133,20 +133,34 @@ class Places:
         return {name for name, (done, length) in self._done.items() if done < length}
 
 
+def _path_of(held: Sequence[Held]) -> str | None:
+    """The one module of the baseline that has all parameters of a module, by the same names."""
+    found = set()
+    for h in held:
+        path, _, leaf = h.parts[0].whole.rpartition(".") if len(h.parts) == 1 else ("", "", "")
+        found.add(path if leaf == h.name.rpartition(".")[2] else None)
+    return found.pop() if len(found) == 1 else None
+
+
 def paths_of(held: Sequence[Held], *, is_whole: bool) -> dict[str, str]:
     """The baseline's path of every module of the candidate that can be told by its parameters.
 
     A parameter `net.0.weight` that is the baseline's `layers.4.weight` makes `net.0` `layers.4`.
     `is_whole`: the outermost module is the baseline's too.
     """
-    paths: dict[str, str] = {}
+    own: dict[str, list[Held]] = {}
     for h in held:
-        if len(h.parts) != 1:
-            continue
-        own, theirs = h.name.split("."), h.parts[0].whole.split(".")
-        while own and theirs and own[-1] == theirs[-1]:
-            own, theirs = own[:-1], theirs[:-1]
-            if own and (theirs or is_whole):  # a stage has no name of its own
-                paths.setdefault(".".join(own), ".".join(theirs))
+        own.setdefault(h.name.rpartition(".")[0], []).append(h)
+    known = {path: theirs for path, hs in own.items() if (theirs := _path_of(hs)) is not None}
+    paths: dict[str, str] = {}
+    for path, theirs in known.items():
+        ours = path
+        while (ours or is_whole) and (theirs or is_whole) and known.get(ours, theirs) == theirs:
+            if ours in own and ours not in known:
+                break  # it has parameters of its own, of several of the baseline's modules
+            paths.setdefault(ours, theirs)
+            if not ours or not theirs or ours.split(".")[-1] != theirs.split(".")[-1]:
+                break
+            ours, theirs = ours.rpartition(".")[0], theirs.rpartition(".")[0]
     # Around it a wrapper may be (DDP): then it is what is inside that is recorded.
     return paths if not is_whole or "" in paths.values() else {"": "", **paths}

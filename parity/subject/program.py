@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -98,6 +98,11 @@ def leaves(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, list | tuple):
         for i, inner in enumerate(value):
             yield from leaves(inner, f"{name}[{i}]" if len(value) > 1 else name)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for part in fields(value):
+            yield from leaves(getattr(value, part.name), f"{name}.{part.name}")
+    elif isinstance(value, bool | int | float):
+        yield name, torch.tensor(value, dtype=torch.float64)
 
 
 def change(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

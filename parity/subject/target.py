@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -113,8 +114,9 @@ class Candidate:
         if cuts is None and not held.parts and torch.Size(held.shape).numel():
             raise TraceError(
                 f"the candidate's parameter {held.name} {held.shape} holds no value of the "
-                "baseline's: load it from the state_dict that the candidate is given, or say "
-                f"where it lies, as in layout={{'{held.name}': {{0: 'tp'}}}}"
+                "baseline's: load it from the state_dict that the candidate is given (in its "
+                "dtype: a shorter one on the way changes values), or say where it lies, as in "
+                f"layout={{'{held.name}': {{0: 'tp'}}}}"
             )
         if cuts is None:
             return held
@@ -131,7 +133,7 @@ def make(subject: Subject, run: Run) -> nn.Module:
     """The baseline's module in the run's dtype, on its device, disturbed as the run asks."""
     torch.manual_seed(run.seed)
     with _default_dtype(torch.float32):  # in another one, other numbers would be drawn
-        model = subject.baseline()
+        model = _own(subject.baseline())
     if not isinstance(model, nn.Module):
         raise TraceError(f"the baseline returned {type(model).__name__}, and no torch.nn.Module")
     _check_dropout(model)
@@ -142,6 +144,14 @@ def make(subject: Subject, run: Run) -> nn.Module:
         if p.is_floating_point():
             nudge(p.data, name, run.nudge)
     return model
+
+
+def _own(model: Any) -> Any:
+    """A copy: it may be the same module each time, and one run must not begin where one ended."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError:  # a parameter that is computed from others (weight_norm) has no copy
+        return model
 
 
 def in_words(parts: list[Part]) -> str:
@@ -186,9 +196,14 @@ def _everything(wholes: Wholes) -> Any:
 
 def _check_dropout(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p and module.training:
+        p = 0.0
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            p = module.p
+        elif isinstance(module, nn.MultiheadAttention):
+            p = module.dropout
+        if p and module.training:
             raise TraceError(
-                f"the baseline drops out at random in {path or 'itself'} (p={module.p}): ranks "
+                f"the baseline drops out at random in {path or 'itself'} (p={p}): ranks "
                 "draw other numbers than one device does; set p=0, or call .eval()"
             )
 
@@ -242,7 +257,7 @@ def _own_share(value: Any, subject: Subject, axes: Axes) -> Any:
 
     def one(x: Tensor) -> Tensor:
         mine = x.detach()
-        for dim, names in subject.cuts.items():
+        for dim, names in subject.cuts.items() if x.ndim else ():
             for axis in names:
                 start, length = share(mine.shape[dim], axes.sizes[axis], axes.at[axis], even=True)
                 mine = mine.narrow(dim, start, length)

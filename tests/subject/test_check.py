@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -81,8 +82,8 @@ def test_a_wrong_layer_fails_and_is_told_why(
         (
             "not loaded",
             "the candidate's parameter down (8, 6) holds no value of the baseline's: load it from "
-            "the state_dict that the candidate is given, or say where it lies, as in "
-            "layout={'down': {0: 'tp'}}",
+            "the state_dict that the candidate is given (in its dtype: a shorter one on the way "
+            "changes values), or say where it lies, as in layout={'down': {0: 'tp'}}",
         ),
         (
             "float32",
@@ -305,6 +306,73 @@ def test_mistakes_of_the_user_are_told_before_a_rank_starts(case: Callable[..., 
         "inputs: 6 in dim 0 cannot be shared evenly by dp = 4: a mean of the ranks' means is not "
         "the mean"
     )
+
+
+def test_a_baseline_that_is_made_already_does_not_go_on_from_run_to_run(
+    case: Callable[..., TestCase],
+) -> None:
+    net = mlp()
+    case(dp=2).check(lambda: net, ddp, **step_of())
+
+
+@dataclass
+class Answer:
+    y: Tensor
+    size: float
+
+
+class Answering(nn.Module):
+    def __init__(self, full: Any, size: float) -> None:
+        super().__init__()
+        self.net, self.size = mlp(), size
+        if full is not None:
+            self.load_state_dict(full)
+
+    def forward(self, x: Tensor) -> Answer:
+        return Answer(self.net(x), self.size)
+
+
+@pytest.mark.parametrize("size", [1.0, 7.0])
+def test_numbers_in_a_dataclass_are_compared(case: Callable[..., TestCase], size: float) -> None:
+    def check(size: float) -> None:
+        case(dp=1).check(
+            lambda: Answering(None, 1.0),
+            lambda full, mesh: Answering(full, size),
+            [torch.ones(2, 8)],
+        )
+
+    if size == 1.0:
+        check(size)
+        return
+    with pytest.raises(Differs, match=r"forward of output.size"):
+        check(size)
+
+
+def test_a_number_among_the_inputs_is_not_cut(case: Callable[..., TestCase]) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor, k: Tensor) -> Tensor:
+            return super().forward(x) * k
+
+    def candidate(full: Any, mesh: Any) -> nn.Module:
+        model = Scaled(8, 8)
+        model.load_state_dict(full)
+        return DistributedDataParallel(model, process_group=mesh["dp"].get_group())
+
+    case(dp=2).check(
+        lambda: Scaled(8, 8),
+        candidate,
+        [torch.randn(4, 8), torch.tensor(3.0)],
+        data={"dp": 0},
+        input_gradients=False,
+    )
+
+
+def test_dropout_inside_attention_is_refused(case: Callable[..., TestCase]) -> None:
+    def baseline() -> nn.Module:
+        return nn.MultiheadAttention(8, 2, dropout=0.5)
+
+    with pytest.raises(parity.ParityError, match="drops out at random in itself"):
+        case(tp=2).check(baseline, ddp, [torch.randn(3, 8)] * 3)
 
 
 class Clumsy(ParallelMLP):

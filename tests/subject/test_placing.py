@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parity.modules import Seen
-from parity.subject.places import Places
+from parity.subject.alignment import Held, Part
+from parity.subject.places import Places, paths_of
 from parity.subject.placing import Axes, Place, Unplaced, by_shape, cut, share
 from parity.trace import Trace
 
@@ -147,3 +148,42 @@ def test_what_is_seen_of_some_rows_only_is_forgotten() -> None:
     trace.add("gradient", "output of net", torch.ones(1))
     trace.forget(places.incomplete)
     assert [str(box.key) for box in trace.boxes] == ["gradient of output of net"]
+
+
+def named(**wholes: str) -> list[Held]:
+    """Parameters by their own names, `__` for a dot, that are one whole each."""
+    return [
+        Held(name.replace("__", "."), (1,), [Part(whole, (1,), [])])
+        for name, whole in wholes.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("held", "is_whole", "paths"),
+    [
+        (named(a__w="a.w", a__b="a.b"), True, {"a": "a", "": ""}),
+        (named(module__a__w="a.w"), True, {"module.a": "a", "module": ""}),
+        (named(net__0__w="layers.4.w"), False, {"net.0": "layers.4"}),
+        (
+            named(x__0__mlp__up__w="y.3.mlp.up.w", x__0__norm__w="y.3.norm.w"),
+            False,
+            {
+                "x.0.mlp.up": "y.3.mlp.up",
+                "x.0.mlp": "y.3.mlp",
+                "x.0": "y.3",
+                "x.0.norm": "y.3.norm",
+            },
+        ),
+        # One module for several of the baseline's is none of them, though a name is the same.
+        (named(net__up="net.0.w", net__b="net.2.b"), True, {"": ""}),
+        (
+            named(net__up="net.0.w", net__b="net.2.b", net__in__w="net.in.w"),
+            True,
+            {"net.in": "net.in", "": ""},
+        ),
+    ],
+)
+def test_modules_have_the_names_that_their_parameters_tell(
+    held: list[Held], is_whole: bool, paths: dict[str, str]
+) -> None:
+    assert paths_of(held, is_whole=is_whole) == paths
