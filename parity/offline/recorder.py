@@ -25,6 +25,7 @@ from parity.offline.names import Rename, plain, plain_names
 from parity.offline.place import Layout, Piece, Rules, Where, whereabouts
 from parity.offline.store import Kept, hold, write_header, write_step
 from parity.subject.alignment import Held
+from parity.subject.program import leaves
 
 FIRST_STEPS = 3  # what is wrong shows in the first steps, and a step is as large as the model
 
@@ -218,10 +219,12 @@ class Recorder:
 
     def _see_output(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
         def see(_: nn.Module, __: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and self._is_wanted:
-                name = self._numbered(f"output of {path or 'the model'}")
-                nothing = torch.empty(0)  # no layout of a parameter is meant for it
-                self._add("forward", name, output, nothing)
+            if not self._is_wanted:
+                return
+            nothing = torch.empty(0)  # no layout of a parameter is meant for it
+            for leaf, tensor in leaves(output, "output"):
+                name = self._numbered(f"{leaf} of {path or 'the model'}")
+                self._add("forward", name, tensor, nothing)
 
         return see
 

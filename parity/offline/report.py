@@ -8,7 +8,6 @@ from typing import Any
 
 from tabulate import tabulate
 
-from parity.bounds import LOOSE
 from parity.judge import Verdict
 from parity.offline.compare import multiple
 from parity.offline.diff import Judged, Report
@@ -17,7 +16,6 @@ from parity.offline.read import Recorded
 SCHEMA = 1  # of the JSON document
 CHECKS = ("parameter", "forward", "loss", "gradient", "state")
 PIECES = ("split", "hole", "overlap")
-_HARDLY = 0.1  # a relative error that no precision excuses
 
 
 def text(report: Report, *, verbose: bool = False) -> str:
@@ -28,6 +26,8 @@ def text(report: Report, *, verbose: bool = False) -> str:
     bad, total = len(report.wrong), len(report.judged)
     names = f"{report.candidate.folder} against {report.baseline.folder}"
     end = f"FAIL  {names}: {bad} of {total} tensors differ" if bad else f"PASS  {names}"
+    if report.is_undecided and not bad:
+        end = f"UNDECIDED  {names}: of most gradients nothing can be said in this precision"
     return "\n\n".join([*parts, end])
 
 
@@ -129,12 +129,7 @@ def notes(report: Report) -> Iterator[str]:
         (report.candidate, report.baseline),
     ):
         yield from _unseen(recorded, other)
-    loose = [
-        j
-        for j in report.judged
-        if j.verdict.allowed > (LOOSE if report.nudged and a.dtypes == ["float64"] else _HARDLY)
-    ]
-    if loose:
+    if loose := report.hardly_judged:
         worst = max(loose, key=lambda j: j.verdict.allowed)
         yield (
             f"hardly judged, since rounding alone may move them that far: {len(loose)} tensors, "

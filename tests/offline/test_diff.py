@@ -645,3 +645,23 @@ def test_a_broken_or_foreign_file_is_named(
     assert f"it is broken, or nothing that parity.record of this version wrote ({said}" in message
     assert message.startswith((str(b / "rank0.json"), str(b / "step0-rank0")))
     assert message.endswith("expected a file as it was written; copy it again, or record anew")
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1.0, 3), (0.9, 3), (0.1, 1)])
+def test_what_cannot_be_judged_is_no_agreement(factor: float, code: int, tmp_path: Path) -> None:
+    """In bfloat16, without nudged recordings, a tenth too little would pass."""
+    ones = {"w": torch.ones(6, 4, dtype=torch.bfloat16)}
+    slope = {"w": torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16()}
+    a = write(tmp_path / "a", ones, slope, has_state=False)
+    b = write(tmp_path / "b", ones, {"w": slope["w"] * factor}, has_state=False)
+    report = compare(a, b)
+    assert report.exit_code == code
+    assert report.is_undecided
+    undecided = (
+        f"UNDECIDED  {b} against {a}: of most gradients nothing can be said in this precision"
+    )
+    assert (
+        text(report)
+        .splitlines()[-1]
+        .startswith(undecided if code == 3 else "FAIL")
+    )
