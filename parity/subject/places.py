@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from parity.errors import TraceError
-from parity.modules import Placed, Seen
+from parity.modules import MODEL, Placed, Seen
 from parity.subject.alignment import Held, local
 from parity.subject.placing import (
     Axes,
@@ -64,9 +64,10 @@ class Places:
             ) from problem
 
     def _word(self, check: str, name: str) -> Cuts | None:
-        if check != "forward":
+        if check not in ("forward", "activation"):
             return None
-        return self.outputs.get(name.rpartition(" ")[2]) or self.outputs.get("")
+        leaf = name.partition(f" of {MODEL}")[0].rpartition(" ")[2]
+        return self.outputs.get(leaf) or self.outputs.get("")
 
     def _of(
         self, whole: tuple[int, ...], name: str, tensor: Tensor, word: Cuts | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -41,7 +41,8 @@ class Baseline:
             program = Program(model, optimizer=_optimizer(subject, model.parameters()))
             wholes = Wholes(dict(model.named_parameters(remove_duplicate=False)))
             side = Side(subject, run, trace, program, _everything(wholes), Places(Axes({}, {})))
-            train(side, _inputs(subject, run), _targets(subject, run))
+            inputs = _inputs(subject, run)
+            train(side, inputs, _targets(subject, run), _others(inputs))
         _tell(trace, _shapes_file(self.folder, run.detail))
         return trace
 
@@ -72,9 +73,12 @@ class Candidate:
             places = Places(axes, shapes, subject.cuts, subject.output, paths, rows, times)
             parts = {h.name: h.parts for h in held}
             side = Side(subject, run, trace, program, parts.__getitem__, places)
-            inputs = [_own_share(x, subject, axes) for x in _inputs(subject, run)]
-            targets = [_own_share(x, subject, axes) for x in _targets(subject, run)]
-            train(side, inputs, targets)
+            given = _inputs(subject, run)
+            inputs, targets, others = (
+                [_own_share(x, subject, axes) for x in whole]
+                for whole in (given, _targets(subject, run), _others(given))
+            )
+            train(side, inputs, targets, others)
         return trace
 
     def mesh(self, run: Run) -> DeviceMesh:
@@ -250,6 +254,14 @@ def _targets(subject: Subject, run: Run) -> list[Any]:
         return x.to(run.device, getattr(torch, run.dtype) if x.is_floating_point() else x.dtype)
 
     return [change(x, one) for x in subject.targets]
+
+
+def _others(inputs: Sequence[Any]) -> list[Any]:
+    """Other inputs of the same shapes: their rows the other way round, and rolled."""
+    return [
+        change(x, lambda t: t.detach().flip(0).roll(1, -1) if t.ndim else t.detach())
+        for x in inputs
+    ]
 
 
 def _own_share(value: Any, subject: Subject, axes: Axes) -> Any:

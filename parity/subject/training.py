@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from parity.case import Run
 from parity.errors import TraceError
-from parity.modules import record_modules
+from parity.modules import MODEL, record_modules
 from parity.subject.alignment import Part, local
 from parity.subject.places import Places
 from parity.subject.placing import as_dtensor, part
@@ -31,8 +31,10 @@ class Side(NamedTuple):
     places: Places
 
 
-def train(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> None:
-    """All steps of the run."""
+def train(side: Side, inputs: Sequence[Any], targets: Sequence[Any], others: Sequence[Any]) -> None:
+    """All steps of the run. After them a module is called with `others`, in eval mode: nothing may
+    be kept from one call to the next. (It is no `forward`, which a program of its own lacks.)
+    """
     program, run = side.program, side.run
     if run.detail:
         for name, p in program.trained.items():
@@ -57,6 +59,11 @@ def train(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> None:
             program.optimizer.step()
             if step in (0, run.steps - 1):
                 _state(side, later)
+    if program.step is None:
+        with torch.no_grad():
+            outputs = program.modules[0].eval()(*others)
+        for name, y in leaves(outputs, "output"):
+            _whole_or_piece(side, "activation", f"{name} of {MODEL}, in eval mode", y)
 
 
 def _step(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> Any:

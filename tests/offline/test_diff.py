@@ -660,8 +660,4 @@ def test_what_cannot_be_judged_is_no_agreement(factor: float, code: int, tmp_pat
     undecided = (
         f"UNDECIDED  {b} against {a}: of most gradients nothing can be said in this precision"
     )
-    assert (
-        text(report)
-        .splitlines()[-1]
-        .startswith(undecided if code == 3 else "FAIL")
-    )
+    assert text(report).splitlines()[-1].startswith(undecided if code == 3 else "FAIL")

@@ -50,8 +50,9 @@ def test_a_right_layer_passes(case: Callable[..., TestCase], tp: int) -> None:
         "gradient of 0.bias",
         "gradient of 0.weight",
         "gradient of input",
+        "activation of output of the model, in eval mode",
     ]
-    assert result.compared[0] == 12
+    assert result.compared[0] == 14
 
 
 @pytest.mark.parametrize(
@@ -373,6 +374,34 @@ def test_dropout_inside_attention_is_refused(case: Callable[..., TestCase]) -> N
 
     with pytest.raises(parity.ParityError, match="drops out at random in itself"):
         case(tp=2).check(baseline, ddp, [torch.randn(3, 8)] * 3)
+
+
+class Forgetting(ParallelMLP):
+    """Sums over tp in its first call only, or not in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.wrong == "in eval mode":
+            group, self.group = self.group, self.group if self.training else None
+        y = super().forward(x) if self.group is not None else x
+        if self.wrong == "in eval mode":
+            self.group = group
+        elif hasattr(self, "kept"):
+            return self.kept
+        else:
+            self.kept = y.detach()
+        return y
+
+
+@pytest.mark.parametrize("wrong", ["in eval mode", "after the first call"])
+def test_a_layer_that_is_right_in_its_first_call_only(
+    case: Callable[..., TestCase], wrong: str
+) -> None:
+    with pytest.raises(
+        Differs, match="first divergence: activation of output of the model, in eval"
+    ):
+        case(tp=2).check(
+            mlp, lambda full, mesh: Forgetting(full, mesh["tp"], wrong), [torch.randn(3, 8)]
+        )
 
 
 class Clumsy(ParallelMLP):

@@ -62,7 +62,7 @@ def test_what_passes_and_what_does_not_fit(parity: Call) -> None:
         ["PASS", "tp2"],
     ]
     assert sum(line.startswith("  float32: gradient of ") for line in lines) == 10
-    assert lines[-1] == "compared: 24 tensors"
+    assert lines[-1] == "compared: 28 tensors"
 
 
 def test_what_fails(parity: Call) -> None:
