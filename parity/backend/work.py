@@ -56,7 +56,9 @@ class Handle(Finished):
     ) -> None:
         super().__init__(outputs)
         self._engine, self._calls = engine, list(calls)
+        self._promise: torch.futures.Future[None] = torch.futures.Future()
         self._future: torch.futures.Future[list[Tensor]] | None = None
+        self._error: Exception | None = None
         self._is_over = False
         # What torch does with its own handles is its affair: DDP's join drops one on purpose.
         if is_called_by_the_user():
@@ -92,20 +94,25 @@ class Handle(Finished):
 
     def get_future(self) -> torch.futures.Future[list[Tensor]]:
         if self._future is None:
-            self._future = torch.futures.Future()
+            self._future = self._promise.then(self._kept)
             self._engine.promise(self._calls, self._keep, self._fail)
         return self._future
 
+    def _kept(self, _: torch.futures.Future[None]) -> list[Tensor]:
+        """What the future brings. Only what is raised here is a failure to C++ too: the exception
+        that `set_exception` leaves there DDP takes for tensors, and dies of it.
+        """
+        if self._error is not None:
+            raise self._error
+        return self._outputs
+
     def _keep(self) -> None:
         self._hand_over()
-        assert self._future is not None
-        self._future.set_result(self._outputs)
+        self._promise.set_result(None)
 
     def _fail(self, error: Exception) -> None:
-        self._is_over = True
-        assert self._future is not None
-        # Kept for whoever asks the future; typed for what a future brings, not for its failure.
-        self._future.set_exception(error)  # type: ignore[arg-type]
+        self._is_over, self._error = True, error
+        self._promise.set_result(None)
 
     def _source_rank(self) -> int:
         return self._calls[0].source

@@ -419,6 +419,27 @@ def test_where_a_candidate_raises_is_told_without_our_frames(case: Callable[...,
     assert "rank.py" not in text
 
 
+def test_ddp_outlives_a_rank_that_raises(case: Callable[..., TestCase]) -> None:
+    """Its reducer, in C++, is told of the failure by the future of our handle."""
+
+    class Failing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if dist.get_world_size() > 1 and dist.get_rank() == 1:
+                raise ValueError("here")
+            return super().forward(x)
+
+    def candidate(full: Any, mesh: Any) -> nn.Module:
+        model = Failing(16, 16)
+        model.load_state_dict(full)
+        return DistributedDataParallel(model, process_group=mesh["dp"].get_group())
+
+    with pytest.raises(CouldNotRun) as caught:
+        case(dp=2).check(lambda: Failing(16, 16), candidate, [torch.randn(6, 16)], data={"dp": 0})
+    text = str(caught.value)
+    assert text.splitlines()[1] == "  rank 1 raised: ValueError: here"
+    assert "SIGSEGV" not in text
+
+
 def test_a_baseline_that_raises_is_told_once(case: Callable[..., TestCase]) -> None:
     def baseline() -> nn.Module:
         raise ZeroDivisionError("nothing to divide by")
