@@ -9,6 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,21 @@ class Kept:
     """What baselines gave, for all cases that are held against the same one."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="parity-")
-        self._end = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._end: Callable[[], object] = lambda: None
         self._sessions: dict[str, tuple[Baselines, Investigator]] = {}
 
     def folder(self, data: bytes) -> str:
         """One for each comparison, for what its baseline tells its candidates."""
-        path = Path(self._folder) / hashlib.blake2b(data, digest_size=16).hexdigest()
+        path = Path(self._root) / hashlib.blake2b(data, digest_size=16).hexdigest()
         path.mkdir(exist_ok=True)
         return str(path)
+
+    @cached_property
+    def _root(self) -> str:
+        """Made when it is needed: a case that a candidate asks on its rank has none."""
+        root = tempfile.mkdtemp(prefix="parity-")
+        self._end = weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
+        return root
 
     def close(self) -> None:
         """Remove the folders: some processes end without cleaning up. No comparison comes after."""

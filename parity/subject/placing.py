@@ -147,8 +147,3 @@ def of_dtensor(tensor: DTensor) -> Place:
         )
     _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
     return Place(tuple(tensor.shape), tuple(offset))
-
-
-def part(tensor: Tensor, place: Place, size: Sequence[int]) -> Tensor:
-    """The box of a whole that a rank's piece of `size` is."""
-    return tensor[tuple(slice(i, i + n) for i, n in zip(place.offset, size, strict=True))]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from parity.case import Run
 from parity.errors import TraceError
+from parity.evidence import box_of
 from parity.modules import MODEL, record_modules
 from parity.subject.alignment import Part, local
 from parity.subject.places import Places
-from parity.subject.placing import as_dtensor, part
+from parity.subject.placing import as_dtensor
 from parity.subject.program import Program, Subject, leaves, states_of
 from parity.trace import Trace
 
@@ -92,7 +93,7 @@ def _cotangent(side: Side, name: str, y: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     whole = torch.randn(place.shape, generator=generator, dtype=torch.float32)
     whole = whole.to(side.subject.start).to(y.device, y.dtype)
-    piece = part(whole, place, local(y).shape)
+    piece = box_of(whole, place.offset, local(y).shape)
     if (whole_y := as_dtensor(y)) is None:
         return piece
     return type(whole_y).from_local(

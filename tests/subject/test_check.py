@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -482,6 +484,18 @@ def test_a_case_may_be_asked_on_a_rank(case: Callable[..., TestCase]) -> None:
         return ParallelMLP(full, mesh["tp"])
 
     asked.check(mlp, candidate, [torch.randn(3, 8)])
+
+
+def test_a_case_on_a_rank_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks leave without cleaning up."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    asked = pickle.loads(pickle.dumps(TestCase(parity.Case({"tp": 2}))))  # noqa: S301
+    assert asked["tp"] == 2
+    assert list(tmp_path.iterdir()) == []
+    own = Kept()
+    own.folder(b"")
+    own.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_zeros_and_ones_become_numbers_that_hide_nothing(case: Callable[..., TestCase]) -> None:
