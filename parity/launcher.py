@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from multiprocessing import current_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -85,6 +86,7 @@ def launch_groups(
     element of `groups`, which holds its arguments. One that fails ends them all. A script is
     called with its rank, joins the group by itself, and prints where this process does.
     """
+    _check_not_repeated(function)
     backend = backend or Backend()
     needs = slots.hold(backend.device, world, len(groups), alone=backend.name == "nccl")
     # Waiting for slots is none of the deadline's time, and leaves nothing behind if it is ended.
@@ -128,6 +130,19 @@ def _start(seat: rank_side.Seat, function: Callable[..., Any], args: tuple[Any, 
         process.start()
     theirs.close()
     return _Rank(seat.rank, process, ours, own)
+
+
+def _check_not_repeated(function: Callable[..., Any]) -> None:
+    """A new process runs the main program again to find its functions there: without a guard it
+    would start ranks of its own, and those again.
+    """
+    if getattr(current_process(), "_inheriting", False):
+        sys.stderr.write(
+            f"parity: the rank that is to run {function.__qualname__} loads your script first, and "
+            "came to the call that starts ranks there: put that call under "
+            '`if __name__ == "__main__":`\n'
+        )
+        raise SystemExit(1)
 
 
 @contextmanager

@@ -85,7 +85,7 @@ ROWS = {
         ["__init__"],
     ],
     "parity.backend": [
-        ["memory", "fold", "settings", "ledger", "guard"],
+        ["memory", "fold", "settings", "ledger", "guard", "threads"],
         ["board"],
         ["lane", "deadlock"],
         ["moves"],

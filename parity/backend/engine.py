@@ -17,6 +17,7 @@ from parity.backend.call import AnyReceive, Call, unseen
 from parity.backend.deadlock import lost_member, passed_verdict, verdict_on
 from parity.backend.lane import Disagreement, Lane
 from parity.backend.moves import Move
+from parity.backend.threads import Stand, look, parked
 from parity.errors import Mismatch, ParityError, Race
 
 _Promise = tuple[Sequence[Call], Callable[[], None], Callable[[Exception], None]]
@@ -36,6 +37,7 @@ class Engine:
         self._failure: ParityError | None = None
         self._waiting: dict[int, Call] = {}  # what each thread of this process is blocked in
         self._callers = {threading.main_thread().ident}
+        self._parked: set[int | None] = set()  # threads that only those in `_waiting` can wake
         self._open_choices: list[AnyReceive] = []
         self._promised: list[_Promise] = []
         self._keepers: set[int] = set()  # threads that keep promises
@@ -97,16 +99,21 @@ class Engine:
     def _drive(self, call: Call) -> None:
         self._is_driven = True
         naps = 0
+        stands: dict[int, Stand] = {}
         try:
             while True:
                 self._progress()
                 if call.is_done:
                     return
-                naps = 0 if self._sleep(NAP if naps < 2 else LONG_NAP) else naps + 1
+                if self._sleep(NAP if naps < 2 else LONG_NAP):
+                    naps, stands, self._parked = 0, {}, set()
+                    continue
+                naps, stands = naps + 1, self._look_inside(stands)
                 if naps >= 2:
                     self._look_around(call)
         finally:
             self._is_driven = False
+            self._parked = set()
             self.board.wake_up()
             self.changed.notify_all()
 
@@ -174,9 +181,15 @@ class Engine:
             # Whoever has not called yet may do so; what runs in the background seldom does.
             self._callers &= {thread.ident for thread in alive}
             self._callers |= {thread.ident for thread in alive if not thread.daemon}
-        if not self._callers | self._keepers <= self._waiting.keys():
+        if not (self._callers | self._keepers) - self._parked <= self._waiting.keys():
             return []
         return [entry for call in self._waiting.values() for entry in call.wait_entries()]
+
+    def _look_inside(self, before: dict[int, Stand]) -> dict[int, Stand]:
+        """Which threads wait for those that are blocked here: for a future, or for their end."""
+        now = look() if threading.active_count() > 1 else {}
+        self._parked = parked(before, now, self._waiting)
+        return now
 
     def _look_around(self, call: Call) -> None:
         board = self.board

@@ -7,6 +7,7 @@ at least the ranks in `hears` must get; `None` says that the program is right, a
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from parity.errors import Deadlock, Lost, Mismatch, ParityError, Race
 
@@ -176,6 +178,28 @@ def a_cycle_across_groups(rank: int) -> None:
         dist.all_reduce(numbers(), group=group)
 
 
+@planted(Deadlock, "rank 1 waits for rank 0 in recv from rank 0", hears=(1,))  # 0: from DDP
+def a_future_that_the_main_thread_waits_for(rank: int) -> None:
+    net = DistributedDataParallel(torch.nn.Linear(8, 1))
+    if rank == 0:  # the reducer waits in C++, and a thread of the backend keeps its future
+        net(numbers()).backward()
+    else:
+        dist.recv(numbers(), 0)
+
+
+@planted(Deadlock, "rank 1 waits for rank 0 in recv from rank 0")
+def a_thread_that_the_main_thread_waits_for(rank: int) -> None:
+    if rank == 0:
+        failed: list[ParityError] = []
+        helper = threading.Thread(
+            target=heard_by, args=(failed, lambda: dist.all_reduce(numbers()))
+        )
+        helper.start()
+        helper.join()
+        raise failed[0]
+    dist.recv(numbers(), 0)
+
+
 @planted(Race, "input [8] was written to before the wait", hears=(0,))
 def writing_what_is_being_sent(rank: int) -> None:
     x = numbers()
@@ -226,6 +250,31 @@ def a_slow_rank(rank: int) -> None:
     dist.all_reduce(numbers())
 
 
+@planted(None)
+def a_slow_rank_under_ddp(rank: int) -> None:
+    net = DistributedDataParallel(torch.nn.Linear(8, 1))
+    if rank == 1:
+        time.sleep(1.5)  # what is slow
+    net(numbers()).backward()
+
+
+@planted(None)
+def a_slow_thread_that_wakes_the_main_one(rank: int) -> None:
+    first, second = (dist.new_group([0, 1], group_desc=name) for name in ("first", "second"))
+    if rank == 0:
+        dist.all_reduce(numbers(), group=first)
+        dist.all_reduce(numbers(), group=second)
+        return
+    is_time = threading.Event()
+    timer = threading.Thread(target=lambda: (time.sleep(1.5), is_time.set()), daemon=True)
+    caller = threading.Thread(target=lambda: dist.all_reduce(numbers(), group=second), daemon=True)
+    caller.start()
+    timer.start()
+    is_time.wait()
+    dist.all_reduce(numbers(), group=first)
+    caller.join()
+
+
 @planted(None, world=3)
 def sends_that_cross_without_waiting(rank: int) -> None:
     out, into = [numbers(300_000) for _ in range(3)], [numbers(300_000) for _ in range(3)]
@@ -248,6 +297,13 @@ def a_buffer_used_again(rank: int) -> None:
         dist.all_reduce(x, async_op=True).wait()
         x.mul_(0.5)
     assert torch.equal(x, numbers())
+
+
+def heard_by(errors: list[ParityError], function: Callable[[], object]) -> None:
+    try:
+        function()
+    except ParityError as error:
+        errors.append(error)
 
 
 def hear(name: str) -> tuple[str, str, float]:

@@ -133,6 +133,29 @@ def test_no_rank_outlives_its_parent(how: signal.Signals, tmp_path: Path) -> Non
     assert wait_until(lambda: not any(is_alive(pid) for pid in pids))
 
 
+def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from parity import launch\n"
+        "from tests.unit.parity.targets import add_up\n"
+        "launch(add_up, 2, 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    line = (
+        "parity: the rank that is to run add_up loads your script first, and came to the call that "
+        'starts ranks there: put that call under `if __name__ == "__main__":`'
+    )
+    assert set(done.stderr.split("Traceback")[0].splitlines()) == {line}
+    assert "rank 0 ended with exit code 1 and without a result" in done.stderr
+    assert done.returncode == 1
+
+
 def test_a_stack_is_read_to_its_end(tmp_path: Path) -> None:
     """On a busy machine the rank is interrupted in the middle of its dump."""
     path = tmp_path / "stack.txt"
