@@ -66,12 +66,14 @@ def _row(call: Callable[[], object]) -> float:
         call()
     guess = torch.tensor([(time.perf_counter() - begin) / 3])
     dist.all_reduce(guess, dist.ReduceOp.MAX)
-    count = max(3, min(200, int(SECONDS / float(guess))))
+    count = max(3, min(1000, int(SECONDS / float(guess))))
     dist.barrier()
     begin = time.perf_counter()
     for _ in range(count):
         call()
-    return (time.perf_counter() - begin) / count
+    seconds = (time.perf_counter() - begin) / count
+    dist.barrier()  # who has no part in the call is not to end meanwhile: that takes the processor
+    return seconds
 
 
 def measure(world: int, size: int) -> dict[str, dict[str, float]]:
