@@ -119,8 +119,11 @@ def batches(task: Task, seed: int, steps: int) -> Iterator[Batch]:
         yield Batch(tokens, targets.masked_fill(ends, -100))
 
 
+@cache
 def weights(task: Task, seed: int) -> dict[str, Tensor]:
-    """A generic value for every parameter of the plain model, exact in bfloat16; float64."""
+    """A generic value for every parameter of the plain model, exact in bfloat16; float64, and the
+    same tensors each time.
+    """
     values = {}
     for name, parameter in plain_model(task).named_parameters():
         noise = torch.randn(parameter.shape, generator=stream(seed, "weights", name))
@@ -251,7 +254,7 @@ def load(trainer: Trainer, values: dict[str, Tensor], seed: int) -> None:
     mesh = trainer.mesh
     with torch.no_grad():
         for name, parameter, layout in layouts(trainer.model):
-            whole = values[name].to(parameter.dtype)
+            whole = values[name].to(parameter.dtype, copy=True)
             nudge(whole, name, seed)
             parameter.copy_(layout.take(whole, mesh.size("tp"), mesh.at.tp))
 

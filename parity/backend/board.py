@@ -33,8 +33,8 @@ _LANES = _TEXTS + _TEXT_BYTES * MAX_RANKS
 # The control words of a lane, before the arrays with one word per member; and those arrays.
 COMPLETE, FAULT, AGREED, ANY, LEFT, NEXT, MEMBERS, SLOT, PAGES = range(9)
 HEAD = 16
-RANK, ISSUED, POSTED, SIGNATURE, SHAPE, PHRASE, ROUNDS, GONE = range(8)
-ARRAYS = 8
+RANK, ISSUED, POSTED, SIGNATURE, SHAPE, PHRASE, ROUNDS, GONE, EVEN = range(9)
+ARRAYS = 9
 
 
 class Wait(NamedTuple):

@@ -57,15 +57,28 @@ class Lane:
     def tell_splits(self, gives: list[int], wants: list[int]) -> None:
         """How many bytes this member gives to each, and wants from each."""
         n = len(self.members)
+        if len({*gives, *wants}) == 1:
+            self.tell(b.EVEN, gives[0] + 1)
+            return
+        self.tell(b.EVEN, 0)
         at = self.at + b.HEAD + b.ARRAYS * n + n * self.seat
         for i in range(n):
             self.words[at + i], self.words[at + n * n + i] = gives[i], wants[i]
 
     def splits_agree(self) -> bool:
         n = len(self.members)
+        even = self.row(b.EVEN)
+        if even[0] and len(set(even)) == 1:
+            return True
         at = self.at + b.HEAD + b.ARRAYS * n
-        gives, wants = (self.words[at + k * n * n : at + (k + 1) * n * n].tolist() for k in (0, 1))
-        return all(gives[n * i + j] == wants[n * j + i] for i in range(n) for j in range(n))
+        gives, wants = (
+            [
+                [size - 1] * n if size else self.words[begin + n * i : begin + n * (i + 1)].tolist()
+                for i, size in enumerate(even)
+            ]
+            for begin in (at, at + n * n)
+        )
+        return all(gives[i][j] == wants[j][i] for i in range(n) for j in range(n))
 
     # Rows of data
 

@@ -190,8 +190,10 @@ class Member(ProcessGroup):
         kind = self._kind(name, x.dtype, op)
         what = what_of(name, x, kind.name + to)
         mutation = self.world.mutation
+        if mutation is None:
+            return kind, what
         rule = self._rule(what, self._marks(what, site(2))[1], self._calls + 1)
-        if mutation is None or rule is None or rule.change not in ("op", "double"):
+        if rule is None or rule.change not in ("op", "double"):
             return kind, what
         if rule.change == "op":
             other = self._kind(name, x.dtype, getattr(dist.ReduceOp, str(rule.value)))

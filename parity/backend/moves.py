@@ -111,10 +111,9 @@ def all_to_all(call: Poster, gives: Parts, takes: Parts, dtype: torch.dtype) -> 
     """A part from each to each, of any size: G tensors, or one of [G, count] for equal sizes."""
     lane = call.lane
     cell = _cell(lane, dtype)
-    lane.tell_splits(
-        [t.numel() * t.itemsize for t in gives], [t.numel() * t.itemsize for t in takes]
-    )
-    longest = max(t.numel() for side in (gives, takes) for t in side)
+    given, wanted = _lengths(gives), _lengths(takes)
+    lane.tell_splits([n * dtype.itemsize for n in given], [n * dtype.itemsize for n in wanted])
+    longest = max(*given, *wanted)
     lane.tell(b.ROUNDS, -(-longest // cell))
     begin, rounds, n = 0, 1, len(lane.members)
     while begin < rounds * cell:
@@ -128,6 +127,12 @@ def all_to_all(call: Poster, gives: Parts, takes: Parts, dtype: torch.dtype) -> 
         for cells, part in _pairs(cube[:, lane.seat], takes, begin):
             part.copy_(cells)
         begin += cell
+
+
+def _lengths(parts: Parts) -> list[int]:
+    if isinstance(parts, Tensor):
+        return [parts.shape[1]] * parts.shape[0]
+    return [part.numel() for part in parts]
 
 
 def _pairs(cells: Tensor, parts: Parts, begin: int) -> Iterator[tuple[Tensor, Tensor]]:
