@@ -12,7 +12,16 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from parity.bounds import LOOSE, NUDGES, Expected, as_float64, measure, norm
+from parity.bounds import (
+    LOOSE,
+    NUDGES,
+    Expected,
+    as_float64,
+    coarser,
+    hidden_bits,
+    measure,
+    norm,
+)
 from parity.case import Case
 from parity.errors import ParityError, RanksFailed, TraceError
 from parity.judge import LOGIC
@@ -22,6 +31,7 @@ from parity.tracing import record
 from parity.whole import join, on_one_thread, same_bits
 
 Wholes = dict[Key, Tensor]
+_Run = tuple[str, int]  # dtype, nudge
 FAR = 0.25  # rounding of bfloat16 through a deep model stays well below
 
 
@@ -34,11 +44,21 @@ class Baselines:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self._bits: dict[str, int] = {}  # that the first one keeps in a dtype which has more
         self._expected: dict[tuple[str, str, str], dict[Key, Expected]] = {}
 
     def is_ready(self, case: Case) -> bool:
         first = self.plan.baselines[0].name
         return (first, self.plan.dtypes[0], _options_id(case)) in self._expected
+
+    @property
+    def coarse(self) -> str:
+        """In which dtypes the first baseline rounds more coarsely than they do; or ''."""
+        found = [f"{bits} bits in {dtype}" for dtype, bits in self._bits.items()]
+        if not found:
+            return ""
+        kept = ", ".join(found)
+        return f"the baseline itself keeps about {kept} (autocast?), so finer drift is not seen"
 
     def expected(self, baseline: Baseline, dtype: str, case: Case) -> dict[Key, Expected]:
         return self._expected[baseline.name, dtype, _options_id(case)]
@@ -49,28 +69,36 @@ class Baselines:
         if self.is_ready(case):
             return
         first, *others = self.plan.baselines
-        wholes = {first.name: self._run(first, case, range(NUDGES + 1))}
-        for baseline in others:
-            wholes[baseline.name] = self._run(baseline, case, range(1))
-        _check(wholes)
+        wholes = {first.name: self._run(first, case, self._keys(range(NUDGES + 1)))}
         disturbed = wholes[first.name]
+        self._disturb_coarsely(first, case, disturbed)
+        for baseline in others:
+            wholes[baseline.name] = self._run(baseline, case, self._keys(range(1)))
+        _check(wholes)
         for name, own in wholes.items():
-            largest = _largest(own[LOGIC, 0])
             for dtype in self.plan.dtypes:
-                expected = {
-                    key: measure(
-                        exact,
-                        own[LOGIC, 0][key],
-                        [disturbed[dtype, n][key] for n in range(1, NUDGES + 1)],
-                        largest[key.check],
-                    )
-                    for key, exact in own[dtype, 0].items()
-                }
+                expected = _measured(own, disturbed, dtype)
                 if dtype == LOGIC:
                     self._check_noise(first.name, expected)
                 else:
                     _check_precision(name, dtype, expected)
                 self._expected[name, dtype, _options_id(case)] = expected
+
+    def _disturb_coarsely(self, first: Baseline, case: Case, own: dict[_Run, Wholes]) -> None:
+        """Where a program rounds far more coarsely than its dtype (autocast), one rounding of the
+        dtype is swallowed on the way and says nothing: disturb it by one of those it makes.
+        """
+        for dtype in self.plan.dtypes:
+            if bits := self._hidden_bits(own, dtype):
+                self._bits[dtype] = bits
+                keys = {(dtype, coarser(n, bits)): (dtype, n) for n in range(1, NUDGES + 1)}
+                runs = self._run(first, case, list(keys))
+                own.update({keys[at]: wholes for at, wholes in runs.items()})
+
+    def _hidden_bits(self, own: dict[_Run, Wholes], dtype: str) -> int:
+        early = CHECKS[:2]  # an optimizer's step may move by much more than its gradient
+        exact, short = (_measured(own, own, name) for name in (LOGIC, dtype))
+        return hidden_bits((exact[key], e) for key, e in short.items() if key.check in early)
 
     def _check_noise(self, name: str, expected: dict[Key, Expected]) -> None:
         """Noise of the size of a mistake would excuse every mistake."""
@@ -83,13 +111,13 @@ class Baselines:
                     "it; seed it (dropout, data) by run.seed alone, or make it less chaotic"
                 )
 
-    def _run(
-        self, baseline: Baseline, case: Case, nudges: Sequence[int]
-    ) -> dict[tuple[str, int], Wholes]:
-        """The wholes by (dtype, nudge). The truth, in float64, is needed whatever is judged."""
-        where = replace(baseline.case, options=case.options)
+    def _keys(self, nudges: Sequence[int]) -> list[_Run]:
+        """The truth, in float64, is needed whatever is judged, and what one rounding does to it."""
         judged = [(dtype, nudge) for dtype in self.plan.dtypes for nudge in nudges]
-        keys = list(dict.fromkeys([(LOGIC, 0), *judged]))
+        return list(dict.fromkeys([*((LOGIC, nudge) for nudge in nudges[:2]), *judged]))
+
+    def _run(self, baseline: Baseline, case: Case, keys: Sequence[_Run]) -> dict[_Run, Wholes]:
+        where = replace(baseline.case, options=case.options)
         runs = [
             replace(self.plan.run(where, dtype, self.plan.first_variant), nudge=nudge)
             for dtype, nudge in keys
@@ -136,7 +164,7 @@ def _sound(name: str, recording: Recording) -> Wholes:
     return wholes
 
 
-def _check(wholes: dict[str, dict[tuple[str, int], Wholes]]) -> None:
+def _check(wholes: dict[str, dict[_Run, Wholes]]) -> None:
     """Baselines record the same tensors, and the first of them heeds its disturbances."""
     (first, runs), *others = wholes.items()
     for (dtype, nudge), disturbed in runs.items():
@@ -164,6 +192,22 @@ def _check_alike(first: str, a: Wholes, second: str, b: Wholes) -> None:
                 f"{key} is {tuple(x.shape)} {x.dtype} in the baseline '{first}', and "
                 f"{tuple(y.shape)} {y.dtype} in '{second}'"
             )
+
+
+def _measured(
+    own: dict[_Run, Wholes], disturbed: dict[_Run, Wholes], dtype: str
+) -> dict[Key, Expected]:
+    """What is expected of each record: by a baseline's own values, and the first one's noise."""
+    largest = _largest(own[LOGIC, 0])
+    return {
+        key: measure(
+            exact,
+            own[LOGIC, 0][key],
+            [wholes[key] for (of, nudge), wholes in disturbed.items() if of == dtype and nudge],
+            largest[key.check],
+        )
+        for key, exact in own[dtype, 0].items()
+    }
 
 
 def _largest(wholes: Wholes) -> dict[str, float]:

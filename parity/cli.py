@@ -101,6 +101,7 @@ def _check(args: argparse.Namespace) -> int:
     from parity.subject import check as checks
 
     code, compared, kept = PASSED, 0, checks.Kept()
+    coarse: dict[str, None] = {}
     how, room = checks.how(_wish(args))
     for test, case in _cases(args, room):
         name = f"{args.test.partition(':')[0]}:{test.name}"
@@ -115,7 +116,10 @@ def _check(args: argparse.Namespace) -> int:
             print(f"\n{found}\n", flush=True)
             code = min(filter(None, (code, found.code)), default=PASSED)
         compared += sum(r.compared[0] for r in tested.results)
+        coarse |= dict.fromkeys(f"{r.coarse}: {test.name}" for r in tested.results if r.coarse)
     print(f"compared: {compared:,} tensors")
+    for text in coarse:
+        print(text)
     return code or (PASSED if compared else USAGE)
 
 

@@ -7,10 +7,11 @@ mistake. Only what a first step shows is masked; later steps begin where that on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,11 +22,20 @@ from parity.errors import RanksFailed
 from parity.ledger import SIZE
 from parity.plan import Plan
 from parity.run import Result, Session
-from parity.trace import Key, save_masks
+from parity.trace import CHECKS, Key, save_masks
 
 MOST = 4  # culprits that are told apart in one failure
+LOOKS = 3 * MOST  # some find what is no culprit
 MASKED = ("activation", "backward", "gradient")  # what the program computes on from
 WRONG = ("bug", "split", "drift", "nan")  # what a right value can take the place of
+
+
+class _Look(NamedTuple):
+    """What one run with everything recorded shows."""
+
+    culprit: Culprit | None  # the first one
+    bad: Set[Key]  # all that differs
+    wrong: Set[Key]  # of what the verdict was on
 
 
 class Investigator:
@@ -56,34 +66,64 @@ class Investigator:
         first = result.first_divergence
         if first is None:
             return []
-        run = first[0].run
-        culprits: list[Culprit] = []
-        masks: dict[Key, Tensor] = {}
+        run, decided = first[0].run, {v.key for j in result.judged for v in j.verdicts}
         session = self._session(run, 1)
         # What the first step shows is told by it: later ones mix it with what it leads to.
-        found = self._first(session, case, masks)
-        if found is None and self.plan.steps > 1:
-            found = self._first(self._session(run, self.plan.steps), case, masks)
-        while found is not None:
-            culprits.append(found)
+        look = self._look(session, case, decided, {}, set())
+        others: Set[Key] = set()
+        if not look.wrong and self.plan.steps > 1:
+            session, others = self._session(run, self.plan.steps), look.bad
+            look = self._look(session, case, decided, {}, others)
+        return self._one_by_one(session, case, decided, look, others)
+
+    def _one_by_one(
+        self, session: Session, case: Case, decided: Set[Key], look: _Look, others: Set[Key]
+    ) -> list[Culprit]:
+        """What a look finds, what the next one finds with that put right, and so on, until all that
+        the verdict was on agrees. `others` differ within modules, and are no mistakes.
+        """
+        culprits: list[Culprit] = []
+        masks: dict[Key, Tensor] = {}
+        for _ in range(LOOKS):
+            # A record of a module is decided on where a second call shows what is kept; what the
+            # first call gets wrong, it does too.
+            wrong = {key for key in look.wrong if not culprits or key.check in CHECKS}
+            if (found := look.culprit) is None or not wrong:
+                break
             v = found.verdict
-            if found.run.steps != 1:
-                break
-            if len(culprits) == MOST or v.key.check not in MASKED or v.status not in WRONG:
-                break
-            masks |= self._values(session, case, found)
-            found = self._first(session, case, masks)
+            is_last = found.run.steps != 1 or len(culprits) == MOST - 1
+            if is_last or v.key.check not in MASKED or v.status not in WRONG:
+                return [*culprits, found]
+            values = self._values(session, case, found)
+            after = self._look(session, case, decided, masks | values, others)
+            if after.wrong - look.wrong and v.key not in decided:
+                # Put "right" it makes wrong what was right: a part of a sum that is made elsewhere.
+                others = others | ({v.key, *values} - decided)
+                look = self._look(session, case, decided, masks, others)
+            else:
+                culprits.append(found)
+                masks, look = masks | values, after
         return culprits
 
-    def _first(self, session: Session, case: Case, masks: Mapping[Key, Tensor]) -> Culprit | None:
+    def _look(
+        self,
+        session: Session,
+        case: Case,
+        decided: Set[Key],
+        masks: Mapping[Key, Tensor],
+        others: Set[Key],
+    ) -> _Look:
+        """The first culprit besides those that are masked, and what is wrong of `decided`."""
+        known = masks.keys() | others
         with TemporaryDirectory(prefix="parity-") as folder:
             path = Path(folder) / "masks.safetensors"
             if masks:
                 save_masks(masks, path)
-            result = session.result(case, str(path) if masks else "", masks)
+            result = session.result(case, str(path) if masks else "", known)
         if result.status == "error":  # silence would read as if it had agreed this time
             raise RanksFailed(result.error, ())
-        return result.culprit
+        bad = {v.key for j in result.judged for v in j.verdicts if not v.good} - known
+        return _Look(result.culprit, bad, bad & decided)
 
     def _session(self, run: Run, steps: int) -> Session:
         """One way of computing, everything recorded, against the first baseline."""

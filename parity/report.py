@@ -257,6 +257,7 @@ def _caveats(report: Report, judged: Sequence[Judged]) -> list[str]:
         f"nothing is cut over {axes}: {case}, and so on, tests no more than one rank of it"
         for case, axes in list(idle.items())[:1]
     ]
+    said += list(dict.fromkeys(r.coarse for r in report.results if r.coarse))
     if LOGIC not in report.plan.dtypes:
         return [*said, f"logic was not judged: {LOGIC} is not among the dtypes"]
     loose = {

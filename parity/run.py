@@ -46,6 +46,7 @@ class Result:
     ledger: Sums = field(default_factory=dict)  # of the first run, if one was asked for
     error: str = ""
     idle: Sequence[str] = ()  # axes of several ranks that all hold the same
+    coarse: str = ""  # in which dtypes the baseline rounds more coarsely than they do
     culprit: Culprit | None = None  # of a detailed run
     culprits: Sequence[Culprit] | None = None  # of a failure that was investigated
     unexplained: str = ""  # why it could not be
@@ -107,7 +108,16 @@ class Session:
         status = "pass" if good else "fail"
         diff = max(diffs, default=None)
         return Result(
-            case, status, judged, seconds, seconds - ran, diff, sums, idle=idle, culprit=culprit
+            case,
+            status,
+            judged,
+            seconds,
+            seconds - ran,
+            diff,
+            sums,
+            idle=idle,
+            coarse=self.baselines.coarse,
+            culprit=culprit,
         )
 
     def _judge(self, run: Run, wholes: dict[Key, Whole]) -> Iterator[Judged]:

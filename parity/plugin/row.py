@@ -25,6 +25,7 @@ class Row:
     error: tuple[float, str] | None = None  # the largest in float64, and of what
     rho: tuple[float, str] | None = None  # the largest in a working dtype
     allowed: Mapping[str, float] = field(default_factory=dict)  # by check: the largest bound
+    coarse: str = ""  # in which dtypes the baseline rounds more coarsely than they do
     said: str = ""  # a line: where it first differs, why it could not be run, why it was skipped
     size: float = 0.0  # how far off it is there
     again: str = ""

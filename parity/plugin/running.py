@@ -194,6 +194,7 @@ def _with_numbers(row: Row, results: Sequence[Result]) -> Row:
         elements=sum(result.compared[1] for result in results),
         error=max(logic, default=None),
         rho=max(working, default=None),
+        coarse=next((result.coarse for result in results if result.coarse), ""),
         allowed={check: bound for check, bound in bounds.items() if bound is not None},
         said=said,
         size=size,

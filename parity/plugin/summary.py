@@ -21,6 +21,10 @@ def lines(rows: Mapping[str, Row]) -> list[str]:
     found += [text for text in (_worst(good, "error"), _worst(good, "rho")) if text]
     if allowed := _allowed(good):
         found.append(f"any relative error above these would have been flagged: {allowed}")
+    found += [
+        f"{text}: {name}, and so on" if n > 1 else f"{text}: {name}"
+        for text, name, n in _coarse(rows)
+    ]
     return [*found, *failures(rows)]
 
 
@@ -69,6 +73,13 @@ def _worst(rows: Mapping[str, Row], which: str) -> str:
     (size, tensor), name = max(found, key=lambda item: item[0][0])
     number = f"{size:.1e}" if which == "error" else f"{size:.2g}"
     return f"{_WORDS[which]}: {number}, {tensor} in {name}"
+
+
+def _coarse(rows: Mapping[str, Row]) -> list[tuple[str, str, int]]:
+    """What is said, of which case first, and of how many."""
+    texts = Counter(row.coarse for row in rows.values() if row.coarse)
+    first = {row.coarse: name for name, row in reversed(list(rows.items()))}
+    return [(text, first[text], n) for text, n in texts.items()]
 
 
 def _allowed(rows: Mapping[str, Row]) -> str:

@@ -152,7 +152,16 @@ def paths_of(held: Sequence[Held], *, is_whole: bool) -> dict[str, str]:
     own: dict[str, list[Held]] = {}
     for h in held:
         own.setdefault(h.name.rpartition(".")[0], []).append(h)
-    known = {path: theirs for path, hs in own.items() if (theirs := _path_of(hs)) is not None}
+    owners: dict[str, set[str]] = {}  # of the parameters of each module of the baseline
+    for path, h in ((path, h) for path, hs in own.items() for h in hs):
+        for part in h.parts:
+            owners.setdefault(part.whole.rpartition(".")[0], set()).add(path)
+    # One whose parameters are in several modules here is none of them: a bias that is added later.
+    known = {
+        path: theirs
+        for path, hs in own.items()
+        if (theirs := _path_of(hs)) is not None and owners[theirs] == {path}
+    }
     paths: dict[str, str] = {}
     for path, theirs in known.items():
         ours = path

@@ -181,6 +181,12 @@ def named(**wholes: str) -> list[Held]:
             True,
             {"net.in": "net.in", "": ""},
         ),
+        # Nor is either of two that hold the parameters of one: a bias that is added outside.
+        (
+            named(a__w="a.w", a__b="a.b", b__w="b.w", b="b.b"),
+            True,
+            {"a": "a", "": ""},
+        ),
     ],
 )
 def test_modules_have_the_names_that_their_parameters_tell(

@@ -7,7 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity.bounds import ALLOWED, NUDGES, Expected, measure, nudge, rows, t_quantile
+from parity.bounds import (
+    ALLOWED,
+    NUDGES,
+    Expected,
+    coarser,
+    hidden_bits,
+    measure,
+    nudge,
+    rows,
+    t_quantile,
+)
 from parity.judge import Override, judge
 from parity.trace import Key
 from parity.whole import Whole
@@ -46,8 +56,40 @@ def test_nudge_0_changes_nothing() -> None:
     assert torch.equal(x, y)
 
 
-def program(dtype: torch.dtype, seed: int, split: int = 1, wrong: float = 0.0) -> torch.Tensor:
-    """A product summed in `split` parts, and what a norm makes of it."""
+def test_a_nudge_may_be_as_coarse_as_another_type_rounds() -> None:
+    x = torch.randn(1000)
+    y = x.clone()
+    nudge(y, "w", coarser(3, 7))
+    assert torch.allclose((y / x - 1).abs(), torch.full_like(x, 2.0**-7), rtol=1e-4)
+
+
+def test_the_bits_that_a_program_keeps_are_seen_through_its_dtype() -> None:
+    exact = expected(torch.float64)
+    truth = exact.truth
+
+    def bits(short: torch.dtype) -> int:
+        """Of a program whose factors are cast to `short` and whose results are float32."""
+
+        def run(seed: int) -> torch.Tensor:
+            return program(torch.float32, seed, short=short)
+
+        e = measure(run(0), truth, [run(seed) for seed in range(1, NUDGES + 1)], 1.0)
+        return hidden_bits([(exact, e)])
+
+    assert bits(torch.float32) == 0
+    assert bits(torch.float16) == 10
+    assert bits(torch.bfloat16) == 7
+    assert hidden_bits([]) == 0
+
+
+def program(
+    dtype: torch.dtype,
+    seed: int,
+    split: int = 1,
+    wrong: float = 0.0,
+    short: torch.dtype | None = None,
+) -> torch.Tensor:
+    """A product summed in `split` parts, and what a norm makes of it. `short`: of its factors."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(24, 60, generator=generator).bfloat16()
     w = torch.randn(60, 31, generator=generator).bfloat16()
@@ -55,6 +97,7 @@ def program(dtype: torch.dtype, seed: int, split: int = 1, wrong: float = 0.0) -
     nudge(x, "x", seed)
     nudge(w, "w", seed)
     x = x.tanh()  # products of bfloat16 values are exact in float64, and would hide the order
+    x, w = x.to(short or dtype).to(dtype), w.to(short or dtype).to(dtype)
     y = sum(a @ b for a, b in zip(x.tensor_split(split, 1), w.tensor_split(split), strict=True))
     y[3, 5] *= 1 + wrong
     return torch.nn.functional.layer_norm(y, (31,))
