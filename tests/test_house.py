@@ -77,7 +77,7 @@ ROWS = {
     "parity.subject": [
         ["boxes", "packing", "placing"],
         ["alignment", "program"],
-        ["places"],
+        ["places", "data"],
         ["training"],
         ["target"],
         ["layout", "collect"],

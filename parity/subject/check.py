@@ -25,10 +25,11 @@ from parity.plan import Baseline, Packed, Plan, Wish, backend_for, room_for
 from parity.report import failure
 from parity.run import Result, Session
 from parity.subject import target as sides
+from parity.subject.data import entries
 from parity.subject.layout import Layout, layout_of
 from parity.subject.packing import pack
 from parity.subject.placing import Cuts
-from parity.subject.program import Subject, leaves
+from parity.subject.program import Inputs, Subject, leaves
 from parity.trace import Trace
 
 MOST = 8  # ranks, where there is no GPU and nobody says another number
@@ -122,7 +123,7 @@ class TestCase:
         self,
         baseline: Callable[[], nn.Module],
         candidate: Callable[..., Any],
-        inputs: Sequence[Any],
+        inputs: Inputs,
         *,
         targets: Sequence[Any] = (),
         loss: Callable[..., Tensor] | None = None,
@@ -130,6 +131,7 @@ class TestCase:
         steps: int = 1,
         data: Mapping[str, int] | None = None,
         split: Mapping[str, int] | None = None,
+        whole: Sequence[int | str] = (),
         output: Mapping[Any, Any] | None = None,
         layout: Mapping[str, Cuts] | None = None,
         dtypes: Sequence[str] = ("float64", "float32"),
@@ -140,9 +142,9 @@ class TestCase:
 
         `baseline()` makes the module; `candidate(full, mesh)` is called on every rank with the
         baseline's state_dict and a DeviceMesh over the case's axes, and returns a module, or a
-        parity.Program. Both are called with `inputs` (tensors, and structures of them). Compared
-        are what they put out, the gradients of all parameters, and with an `optimizer`, made by
-        `optimizer(parameters)`, parameters and moments after `steps` steps.
+        parity.Program. Both are called with `inputs` (tensors, and structures of them), a list or
+        a dict by name. Compared are what they put out, the gradients of all parameters, and with an
+        `optimizer`, made by `optimizer(parameters)`, parameters and moments after `steps` steps.
 
         Without a `loss` each output is given a gradient without a pattern, and the gradients of the
         inputs are compared too (or as `input_gradients` says). `loss(output, *targets)` makes a
@@ -150,7 +152,8 @@ class TestCase:
 
         `data={"dp": 0}`: dim 0 of inputs and targets is cut over dp, and the candidate averages
         gradients over it (as DDP and FSDP do). `split={"cp": 1}`: dim 1 is cut over cp, and nothing
-        is averaged. Where outputs lie is told by their shape; `output={-1: "tp"}` says it, and
+        is averaged; inputs named in `whole` (places in the list, or names) are given to every rank
+        as they are. Where outputs lie is told by their shape; `output={-1: "tp"}` says it, and
         `layout={"*.up.weight": {0: "tp"}}` where parameters lie that are not loaded as they are.
         `generic=False` leaves zeros and ones in the parameters.
 
@@ -166,6 +169,7 @@ class TestCase:
             optimizer,
             data or {},
             split or {},
+            whole,
             _by_name(output or {}),
             layout or {},
             generic,
@@ -281,8 +285,14 @@ def _by_name(output: Mapping[Any, Any]) -> Mapping[str, Cuts]:
 def _objections(subject: Subject, case: Case, steps: int) -> list[str]:
     """What is wrong with a comparison, before a rank starts."""
     said = []
-    if not isinstance(subject.inputs, list | tuple) or not subject.inputs:
+    if not isinstance(subject.inputs, list | tuple | Mapping) or not subject.inputs:
         return ["inputs: expected a list of what the module is called with, as in [torch.randn(4)]"]
+    given = dict(entries(subject.inputs))
+    said += [
+        f"whole: there is no input {at!r} (there are: {', '.join(map(repr, given))})"
+        for at in subject.whole
+        if at not in given
+    ]
     for name, axes in (("data", subject.data), ("split", subject.split)):
         said += [
             f"{name}={{'{axis}': {dim}}}: the case has no axis '{axis}' (it has "
@@ -294,7 +304,10 @@ def _objections(subject: Subject, case: Case, steps: int) -> list[str]:
         said.append(f"steps={steps}: without an optimizer all steps are the same; give one")
     if said:
         return said
-    for where, x in leaves(list(subject.inputs), "inputs"):
+    cut = {at: x for at, x in given.items() if at not in subject.whole}
+    for where, x in leaves(
+        cut if isinstance(subject.inputs, Mapping) else [*cut.values()], "inputs"
+    ):
         said += _uneven(subject, case, where, x)
     return said
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from parity.subject.placing import Cuts
 
 Optimizer = Any  # with step(); torch.optim's, or one that shards its state
+Inputs = Sequence[Any] | Mapping[str, Any]  # in order, or by name
 
 
 @dataclass(frozen=True)
 class Program:
     """What a candidate returns on a rank if it is more than a module.
 
-    `step(*inputs, *targets)` makes the forward and the backward and returns what the forward put
-    out, or None on ranks that do not have it: a pipeline schedule. `optimizer` takes the place of
-    the baseline's, with its step(). `gradient` is where a parameter's gradient is found, if not in
-    `grad`; None says that this rank has no part in it. `parameters` are what is trained, by name,
-    if not those of the module.
+    `step(*inputs, *targets)` (by name: `step(*targets, **inputs)`) makes the forward and the
+    backward and returns what the forward put out, or None on ranks that do not have it: a pipeline
+    schedule. `optimizer` takes the place of the baseline's, with its step(). `gradient` is where a
+    parameter's gradient is found, if not in `grad`; None says that this rank has no part in it.
+    `parameters` are what is trained, by name, if not those of the module.
     """
 
     module: nn.Module | Sequence[nn.Module]
@@ -67,12 +68,13 @@ class Subject:
 
     baseline: Callable[[], nn.Module]
     candidate: Callable[..., Any]
-    inputs: Sequence[Any]
+    inputs: Inputs
     targets: Sequence[Any] = ()
     loss: Callable[..., Tensor] | None = None
     optimizer: Callable[[Any], Optimizer] | None = None
     data: Mapping[str, int] = field(default_factory=dict)
     split: Mapping[str, int] = field(default_factory=dict)
+    whole: Sequence[int | str] = ()  # inputs that are not cut: places in `inputs`, or names
     output: Mapping[str, Cuts] = field(default_factory=dict)  # by name; "": of all others
     layout: Mapping[str, Cuts] = field(default_factory=dict)
     generic: bool = True
@@ -112,7 +114,11 @@ def change(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {key: change(inner, function) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)([change(inner, function) for inner in value])
+        inner = [change(x, function) for x in value]
+        return type(value)(*inner) if hasattr(value, "_fields") else type(value)(inner)
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {part.name: getattr(value, part.name) for part in fields(value) if part.init}
+        return replace(value, **{name: change(x, function) for name, x in parts.items()})
     return value
 
 

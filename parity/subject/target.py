@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from parity.bounds import nudge
 from parity.case import Run
 from parity.errors import TraceError
+from parity.subject import data
 from parity.subject.alignment import Box, Held, Part, Wholes, align
 from parity.subject.places import Places, Shapes, paths_of
-from parity.subject.placing import Axes, Place, Unplaced, cut, share
-from parity.subject.program import Program, Subject, as_program, change, leaves, make_generic
+from parity.subject.placing import Axes, Place, Unplaced, cut
+from parity.subject.program import Program, Subject, as_program, make_generic
 from parity.subject.training import Side, train
 from parity.trace import Trace
 
@@ -41,8 +43,15 @@ class Baseline:
             program = Program(model, optimizer=_optimizer(subject, model.parameters()))
             wholes = Wholes(dict(model.named_parameters(remove_duplicate=False)))
             side = Side(subject, run, trace, program, _everything(wholes), Places(Axes({}, {})))
-            inputs = _inputs(subject, run)
-            train(side, inputs, _targets(subject, run), _others(inputs))
+            inputs = data.inputs(subject, run)
+            drawn = torch.get_rng_state()
+            batch = partial(data.batch, subject, inputs, data.targets(subject, run))
+            train(side, batch, data.others(inputs))
+            if not torch.equal(drawn, torch.get_rng_state()):
+                raise TraceError(
+                    "the baseline draws random numbers when it is called (dropout, noise): ranks "
+                    "draw others than one device does; leave that out, or give their seed"
+                )
         _tell(trace, _shapes_file(self.folder, run.detail))
         return trace
 
@@ -68,17 +77,14 @@ class Candidate:
                 program = replace(program, optimizer=optimizer)
             shapes = _told(_shapes_file(self.folder, run.detail))
             paths = paths_of(held, is_whole=program.step is None)
-            rows = None if program.step is None else _rows(subject)
+            rows = None if program.step is None else data.rows(subject)
             times = torch.Size([axes.sizes[axis] for axis in subject.data]).numel()
             places = Places(axes, shapes, subject.cuts, subject.output, paths, rows, times)
             parts = {h.name: h.parts for h in held}
             side = Side(subject, run, trace, program, parts.__getitem__, places)
-            given = _inputs(subject, run)
-            inputs, targets, others = (
-                [_own_share(x, subject, axes) for x in whole]
-                for whole in (given, _targets(subject, run), _others(given))
-            )
-            train(side, inputs, targets, others)
+            inputs = data.inputs(subject, run)
+            batch = partial(data.batch, subject, inputs, data.targets(subject, run), axes=axes)
+            train(side, batch, data.own_inputs(data.others(inputs), subject, axes))
         return trace
 
     def mesh(self, run: Run) -> DeviceMesh:
@@ -234,53 +240,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def _optimizer(subject: Subject, parameters: Iterable[Any]) -> Any:
     return None if subject.optimizer is None else subject.optimizer(list(parameters))
-
-
-def _inputs(subject: Subject, run: Run) -> list[Any]:
-    """In the run's dtype, and disturbed as the parameters are."""
-
-    def one(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x.to(run.device, copy=True)
-        x = x.detach().to(subject.start).to(run.device, getattr(torch, run.dtype), copy=True)
-        nudge(x, str(tuple(x.shape)), run.nudge)
-        return x.requires_grad_(subject.input_gradients)
-
-    return [change(x, one) for x in subject.inputs]
-
-
-def _targets(subject: Subject, run: Run) -> list[Any]:
-    def one(x: Tensor) -> Tensor:
-        return x.to(run.device, getattr(torch, run.dtype) if x.is_floating_point() else x.dtype)
-
-    return [change(x, one) for x in subject.targets]
-
-
-def _others(inputs: Sequence[Any]) -> list[Any]:
-    """Other inputs of the same shapes: their rows the other way round, and rolled."""
-    return [
-        change(x, lambda t: t.detach().flip(0).roll(1, -1) if t.ndim else t.detach())
-        for x in inputs
-    ]
-
-
-def _own_share(value: Any, subject: Subject, axes: Axes) -> Any:
-    """This rank's part of inputs and targets, a leaf of its own."""
-
-    def one(x: Tensor) -> Tensor:
-        mine = x.detach()
-        for dim, names in subject.cuts.items() if x.ndim else ():
-            for axis in names:
-                start, length = share(mine.shape[dim], axes.sizes[axis], axes.at[axis], even=True)
-                mine = mine.narrow(dim, start, length)
-        return mine.clone().requires_grad_(x.requires_grad)
-
-    return change(value, one)
-
-
-def _rows(subject: Subject) -> int | None:
-    """How many rows the whole batch has."""
-    return next((len(x) for _, x in leaves(list(subject.inputs), "input") if x.ndim), None)
 
 
 def _shapes_file(folder: str, detail: bool) -> Path:

@@ -15,9 +15,10 @@ from parity.errors import TraceError
 from parity.evidence import box_of
 from parity.modules import MODEL, record_modules
 from parity.subject.alignment import Part, local
+from parity.subject.data import Batch, called
 from parity.subject.places import Places
 from parity.subject.placing import as_dtensor
-from parity.subject.program import Program, Subject, leaves, states_of
+from parity.subject.program import Inputs, Program, Subject, leaves, states_of
 from parity.trace import Trace
 
 
@@ -32,15 +33,17 @@ class Side(NamedTuple):
     places: Places
 
 
-def train(side: Side, inputs: Sequence[Any], targets: Sequence[Any], others: Sequence[Any]) -> None:
-    """All steps of the run. After them a module is called with `others`, in eval mode: nothing may
-    be kept from one call to the next. (It is no `forward`, which a program of its own lacks.)
+def train(side: Side, batch: Callable[[int], Batch], others: Inputs) -> None:
+    """All steps of the run, each on a batch of its own. After them a module is called with
+    `others`, in eval mode: nothing may be kept from one call to the next. (It is no `forward`,
+    which a program of its own lacks.)
     """
     program, run = side.program, side.run
     if run.detail:
         for name, p in program.trained.items():
             _pieces(side, "parameter", "", name, p)
     for step in range(run.steps):
+        inputs, targets = batch(step)
         for p in program.trained.values():
             p.grad = None
         with ExitStack() as recording:
@@ -62,15 +65,15 @@ def train(side: Side, inputs: Sequence[Any], targets: Sequence[Any], others: Seq
                 _state(side, later)
     if program.step is None:
         with torch.no_grad():
-            outputs = program.modules[0].eval()(*others)
+            outputs = called(program.modules[0].eval(), others)
         for name, y in leaves(outputs, "output"):
             _whole_or_piece(side, "activation", f"{name} of {MODEL}, in eval mode", y)
 
 
-def _step(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> Any:
+def _step(side: Side, inputs: Inputs, targets: Sequence[Any]) -> Any:
     if side.program.step is not None:
-        return side.program.step(*inputs, *targets)
-    outputs = side.program.modules[0](*inputs)
+        return called(side.program.step, inputs, targets)
+    outputs = called(side.program.modules[0], inputs)
     if side.subject.loss is not None:
         loss = side.subject.loss(outputs, *targets)
         loss.backward()
@@ -106,7 +109,7 @@ def _cotangent(side: Side, name: str, y: Tensor) -> Tensor:
     )
 
 
-def _gradients(side: Side, inputs: Sequence[Any]) -> None:
+def _gradients(side: Side, inputs: Inputs) -> None:
     """Back to front, as the backward makes them. None is a zero, so that it is not overlooked."""
     program = side.program
     for name, p in reversed(program.trained.items()):
@@ -120,7 +123,7 @@ def _gradients(side: Side, inputs: Sequence[Any]) -> None:
             if Trace.masks and p.requires_grad and program.gradient is Program.gradient:
                 p.grad = gradient  # a right value may be in it
     if side.subject.input_gradients:
-        for name, x in leaves(list(inputs), "input"):
+        for name, x in leaves(inputs, "input"):
             if x.requires_grad:
                 gradient = torch.zeros_like(x) if x.grad is None else x.grad
                 _whole_or_piece(side, "gradient", name, gradient, side.places.times)
@@ -164,7 +167,7 @@ def _whole_or_piece(side: Side, check: str, name: str, tensor: Tensor, times: in
     side.trace.add(check, name, local(tensor), shape=place.shape, offset=place.offset, times=times)
 
 
-def _try_out(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> bool:
+def _try_out(side: Side, inputs: Inputs, targets: Sequence[Any]) -> bool:
     """Steps that nobody looks at, and whether a pipeline schedule makes them. In their first one,
     schedules call their stages once more, to learn shapes; after it each call has its own rows.
     """
@@ -177,10 +180,10 @@ def _try_out(side: Side, inputs: Sequence[Any], targets: Sequence[Any]) -> bool:
             calls[step] += 1
 
         hooks = [module.register_forward_pre_hook(count) for module in program.modules]
-        program.step(*inputs, *targets)
+        called(program.step, inputs, targets)
         for hook in hooks:
             hook.remove()
-    for tensor in [*program.trained.values(), *(x for _, x in leaves(list(inputs), "input"))]:
+    for tensor in [*program.trained.values(), *(x for _, x in leaves(inputs, "input"))]:
         tensor.grad = None
     return calls[0] > calls[1]
 
