@@ -167,12 +167,12 @@ def _exec(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from parity import report as reports
+    from parity.document import as_json
     from parity.explain import lines, neighbourhood
 
     report, finished = _report(args)
     if args.json:
-        args.json.write_text(json.dumps(reports.as_json(report), indent=1) + "\n")
+        args.json.write_text(json.dumps(as_json(report), indent=1) + "\n")
     for result in report.results:
         print("\n".join(["", f"{result.case.id}: {result.status}", *result.error.splitlines()]))
         for culprit in result.culprits or ():
@@ -183,12 +183,13 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from parity import report as reports
+    from parity.document import as_json
+    from parity.report import text
 
     done, finished = _report(args)
-    print(f"\n{reports.text(done, verbose=args.verbose)}", flush=True)
+    print(f"\n{text(done, verbose=args.verbose)}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(reports.as_json(done), indent=1) + "\n")
+        args.json.write_text(json.dumps(as_json(done), indent=1) + "\n")
     if not finished:
         raise KeyboardInterrupt
     return done.exit_code

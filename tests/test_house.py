@@ -49,7 +49,7 @@ ROWS = {
         ["baseline", "culprit", "prepare"],
         ["run", "explain"],
         ["report", "investigate", "soak"],
-        ["mutate"],
+        ["document", "mutate"],
         ["mutation_report"],
         ["offline", "subject"],
         ["plugin", "warm"],

@@ -202,6 +202,6 @@ def _with_numbers(row: Row, results: Sequence[Result]) -> Row:
 
 
 def _document(results: Sequence[Result]) -> dict[str, Any]:
-    from parity.report import case_json
+    from parity.document import case_json
 
     return {"comparisons": [case_json(result) for result in results]}
