@@ -21,6 +21,9 @@ from tests.backend.model import Result, an_object, fingerprint, fingerprints
 from tests.backend.programs import FACTOR, Call, Message, Placed, Plan, decode, tensors
 
 CPU = torch.device("cpu")
+# Before torch 2.13 they have the old names only.
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 ANY_TAG = 1000  # of messages from any source: one tag for each step of a launch
 
 
@@ -165,8 +168,8 @@ def _all_gather(call: Call, at: At, x: Tensors, y: Tensors) -> list[Any]:
 
 def _all_gather_single(call: Call, at: At, x: Tensors, y: Tensors) -> list[Any]:
     if call.form == "manager":
-        return _managed(call, at, lambda i: dist.all_gather_single(y[i], x[i], at.group))
-    say = dist.all_gather_into_tensor if call.form == "old name" else dist.all_gather_single
+        return _managed(call, at, lambda i: all_gather_single(y[i], x[i], at.group))
+    say = dist.all_gather_into_tensor if call.form == "old name" else all_gather_single
     return [say(y[0], x[0], group=at.group, async_op=call.is_async)]
 
 
@@ -185,7 +188,7 @@ def _reduce_scatter(call: Call, at: At, x: Tensors, y: Tensors) -> list[Any]:
 
 
 def _reduce_scatter_single(call: Call, at: At, x: Tensors, y: Tensors) -> list[Any]:
-    op, say = reduce_op(call), dist.reduce_scatter_single
+    op, say = reduce_op(call), reduce_scatter_single
     if call.form == "manager":
         return _managed(call, at, lambda i: say(y[i], x[i], op, at.group))
     say = dist.reduce_scatter_tensor if call.form == "old name" else say

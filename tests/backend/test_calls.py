@@ -20,7 +20,7 @@ from parity.backend import board
 from parity.backend.group import CheckedGroup
 from parity.backend.member import Place
 from tests.backend.model import expected, fingerprint
-from tests.backend.play import play
+from tests.backend.play import all_gather_single, play
 from tests.backend.programs import Plan, decode, make_plan
 
 PER_LAUNCH = 50
@@ -123,7 +123,7 @@ def _a_few_calls(group: CheckedGroup, step: int) -> None:
     work = dist.all_reduce(x, group=group, async_op=True)
     dist.barrier(group)
     work.wait()
-    dist.all_gather_single(whole, x, group)
+    all_gather_single(whole, x, group)
     to, back = (seat + 1) % n, (seat - 1) % n
     works = [
         dist.isend(x, group=group, group_dst=to, tag=step % 3),
