@@ -44,8 +44,9 @@ class Reduction(NamedTuple):
 def reduction(op: dist.ReduceOp, dtype: torch.dtype) -> Reduction:
     kind: Any = getattr(op, "op", op)  # a new object each time: compared by ==, never by `is`
     if kind == _KINDS.PREMUL_SUM:
+        _, factor = op.__getstate__()  # type: ignore[attr-defined]  # its name is new in 2.13
         return _reduction(kind, dtype)._replace(
-            name=f"PREMUL_SUM by {op.factor}", fold=partial(_fold, kind, op.factor)
+            name=f"PREMUL_SUM by {factor}", fold=partial(_fold, kind, factor)
         )
     return _reduction(kind, dtype)
 

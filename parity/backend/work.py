@@ -63,6 +63,10 @@ class Handle(Finished):
         # What torch does with its own handles is its affair: DDP's join drops one on purpose.
         if is_called_by_the_user():
             engine.unwaited[id(self)] = group, phrase
+        else:
+            for call in calls:
+                if call.guard is not None:
+                    call.guard.spare_outputs()
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         for call in self._calls:

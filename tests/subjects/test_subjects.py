@@ -15,6 +15,9 @@ from tests.subjects.__main__ import PAGE, page
 from tests.subjects.code import FINDS, MODULES, Subject, cases, subjects, why_not
 from tests.subjects.mistakes import MISTAKES, Mistake
 
+# What torch does wrong, and what it can, is that of the newest version.
+IS_OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+NEW = {"sequence"}  # before, DTensor cannot flatten dimensions of which an inner one is cut
 SUBJECTS = {subject.name: subject for subject in subjects()}
 
 
@@ -33,6 +36,8 @@ def held(check, case: TestCase) -> TestCase:
     ("subject", "case"), [pytest.param(s, c, id=f"{s.name}-{c.id}") for s, c in cases()]
 )
 def test_subject_is_its_baseline(subject: Subject, case: Case, kept: Kept) -> None:
+    if IS_OLD and subject.name in NEW:
+        pytest.skip("needs torch 2.13")
     result = held(subject.check, TestCase(case, kept=kept)).results[-1]
     assert all(verdict.elements for judged in result.judged for verdict in judged.verdicts)
 
@@ -47,6 +52,8 @@ def test_mistake_is_caught_and_named(mistake: Mistake, kept: Kept) -> None:
     subject = SUBJECTS[mistake.subject]
     if why_not(subject.module):
         pytest.skip(why_not(subject.module))
+    if IS_OLD and subject.name in NEW:
+        pytest.skip("needs torch 2.13")
     case = next(case for case in subject.cases if case.id == mistake.case)
     test = TestCase(case, kept=kept)
     with pytest.raises(Differs):
@@ -55,7 +62,7 @@ def test_mistake_is_caught_and_named(mistake: Mistake, kept: Kept) -> None:
     assert result.first_divergence is not None
     verdict = result.first_divergence[1]
     assert (str(verdict.key), verdict.status) == (mistake.first, mistake.status)
-    if mistake.subject == "ddp_pp":
+    if mistake.subject == "ddp_pp" and not IS_OLD:
         assert "failed to run forward" in result.unexplained  # finds/ddp_in_a_pipeline.py
         return
     assert result.culprits, result.unexplained
@@ -88,6 +95,7 @@ def test_every_subject_has_a_mistake() -> None:
     }
 
 
+@pytest.mark.skipif(IS_OLD, reason="of torch 2.13")
 @pytest.mark.parametrize("backend", ["parity", "gloo"])
 @pytest.mark.parametrize("subject", [*subjects(FINDS)], ids=lambda subject: subject.name)
 def test_what_torch_gets_wrong(subject: Subject, backend: str, kept: Kept) -> None:
