@@ -41,10 +41,11 @@ class Reduction(NamedTuple):
     objection: str
 
 
-def reduction(op: dist.ReduceOp, dtype: torch.dtype) -> Reduction:
+def reduction(op: Any, dtype: torch.dtype) -> Reduction:
+    """Of a ReduceOp, or of its kind."""
     kind: Any = getattr(op, "op", op)  # a new object each time: compared by ==, never by `is`
     if kind == _KINDS.PREMUL_SUM:
-        _, factor = op.__getstate__()  # type: ignore[attr-defined]  # its name is new in 2.13
+        _, factor = op.__getstate__()  # before torch 2.13 it has no name of its own
         return _reduction(kind, dtype)._replace(
             name=f"PREMUL_SUM by {factor}", fold=partial(_fold, kind, factor)
         )
