@@ -15,6 +15,7 @@ import signal
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -126,7 +127,8 @@ def _start(seat: rank_side.Seat, function: Callable[..., Any], args: tuple[Any, 
     process = context.Process(
         target=rank_side.main, args=(theirs, seat, function, args), name=f"parity rank {seat.rank}"
     )
-    with _no_main() if function.__module__.startswith("parity.") else nullcontext():
+    is_ours = str(getattr(function, "__module__", "")).startswith("parity.")
+    with _no_main() if is_ours else nullcontext():
         process.start()
     theirs.close()
     return _Rank(seat.rank, process, ours, own)
@@ -137,12 +139,15 @@ def _check_not_repeated(function: Callable[..., Any]) -> None:
     would start ranks of its own, and those again.
     """
     if getattr(current_process(), "_inheriting", False):
+        name = getattr(function, "__qualname__", repr(function))
         sys.stderr.write(
-            f"parity: the rank that is to run {function.__qualname__} loads your script first, and "
-            "came to the call that starts ranks there: put that call under "
-            '`if __name__ == "__main__":`\n'
+            f"parity: the rank that is to run {name} loads your script first, and came to the call "
+            'that starts ranks there: put that call under `if __name__ == "__main__":`\n'
         )
         raise SystemExit(1)
+
+
+_MAIN = threading.Lock()  # two threads may launch ranks
 
 
 @contextmanager
@@ -150,12 +155,13 @@ def _no_main() -> Iterator[None]:
     """Meanwhile the main program is not to be run again in new processes, which multiprocessing
     does so that they find its functions: ours bring theirs along. A script needs no guard then.
     """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    with _MAIN:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
 
 
 def _supervise(ranks: list[_Rank], deadline: float) -> None:

@@ -73,6 +73,7 @@ def main(pipe: Connection, seat: Seat, function: Callable[..., Any], args: tuple
 def _settle(seat: Seat) -> None:
     """Signals, output and scheduling, before any of the user's code runs."""
     os.environ.update(seat.environment)  # the fork server's own is that of an earlier time
+    mp.set_start_method(None, force=True)  # that of a fork server's child is not the user's choice
     os.setpgid(0, 0)  # a group of its own, to be ended with all that it starts
     _die_with_the_parent()
     own = Path(seat.folder) / f"rank{seat.rank}"

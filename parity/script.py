@@ -6,6 +6,7 @@ import functools
 import os
 import runpy
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ def _main(rank: int, path: str, argv: list[str], ranks: int, port: int) -> None:
     except SystemExit as end:
         if end.code not in (None, 0):
             raise RuntimeError(f"the script ended with sys.exit({end.code!r})") from end
+    for thread in threading.enumerate():  # as Python does at the end of a script
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ for where no Python runs. A rank sleeps on its bell until the last of those it w
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from parity.backend.call import AnyReceive, Call, unseen
 from parity.backend.deadlock import lost_member, passed_verdict, verdict_on
 from parity.backend.lane import Disagreement, Lane
 from parity.backend.moves import Move
-from parity.backend.threads import Stand, look, parked
+from parity.backend.threads import Stand, look, may_call, parked
 from parity.errors import Mismatch, ParityError, Race
 
 _Promise = tuple[Sequence[Call], Callable[[], None], Callable[[Exception], None]]
@@ -35,7 +36,9 @@ class Engine:
         self.changed = threading.Condition(threading.RLock())
         self._is_driven = False
         self._failure: ParityError | None = None
+        self._unheard: ParityError | None = None  # raised in a thread that nobody may look after
         self._waiting: dict[int, Call] = {}  # what each thread of this process is blocked in
+        self._tasks: dict[int, int] = {}  # the same threads, by the kernel's number
         self._callers = {threading.main_thread().ident}
         self._parked: set[int | None] = set()  # threads that only those in `_waiting` can wake
         self._open_choices: list[AnyReceive] = []
@@ -83,6 +86,7 @@ class Engine:
         thread = threading.get_ident()
         with self.changed:
             self._waiting[thread] = call
+            self._tasks[thread] = threading.get_native_id()
             try:
                 while not call.is_done:
                     if self._is_driven:  # another thread of this rank sleeps for all of them
@@ -91,9 +95,11 @@ class Engine:
                         self._drive(call)
             except ParityError as error:
                 self._failure = self._failure or error
+                if thread not in (threading.main_thread().ident, *self._keepers):
+                    self._unheard = self._unheard or error
                 raise
             finally:
-                del self._waiting[thread]
+                del self._waiting[thread], self._tasks[thread]
         call.waited += time.perf_counter() - begin
 
     def _drive(self, call: Call) -> None:
@@ -176,19 +182,20 @@ class Engine:
 
     def _blocked_in(self) -> list[b.Wait]:
         """What would set this process free; nothing if one of its threads is free already."""
-        if threading.active_count() > 1:
-            alive = threading.enumerate()
-            # Whoever has not called yet may do so; what runs in the background seldom does.
-            self._callers &= {thread.ident for thread in alive}
-            self._callers |= {thread.ident for thread in alive if not thread.daemon}
-        if not (self._callers | self._keepers) - self._parked <= self._waiting.keys():
+        callers = {*self._callers, *self._keepers}
+        if len(running := sys._current_frames()) > 1:
+            alive = {thread.ident: thread for thread in threading.enumerate()}
+            self._callers &= alive.keys()
+            # Whoever has not called yet may do so, but for what libraries run in the background.
+            callers = {*self._callers, *self._keepers, *may_call(running, alive)}
+        if not callers - self._parked <= self._waiting.keys():
             return []
         return [entry for call in self._waiting.values() for entry in call.wait_entries()]
 
     def _look_inside(self, before: dict[int, Stand]) -> dict[int, Stand]:
         """Which threads wait for those that are blocked here: for a future, or for their end."""
-        now = look() if threading.active_count() > 1 else {}
-        self._parked = parked(before, now, self._waiting)
+        now = look() if len(sys._current_frames()) > 1 or len(self._waiting) > 1 else {}
+        self._parked = parked(before, now, self._tasks.values())
         return now
 
     def _look_around(self, call: Call) -> None:
@@ -256,6 +263,9 @@ class Engine:
 
     def settle(self, group: object = None) -> None:
         """At the end (of one group): all must have been waited for, unless something went wrong."""
+        if self._unheard is not None:
+            error, self._unheard = self._unheard, None
+            raise error
         if self._failure is not None:
             return
         for handle, (owner, _) in list(self.unwaited.items()):

@@ -144,6 +144,8 @@ class CheckedGroup(Member):
 
     def alltoall(self, outputs: Any, inputs: Any, opts: Any = None, *_: Any) -> Work:
         outs, gives = list(outputs), list(inputs)
+        for name, parts in (("inputs", gives), ("outputs", outs)):
+            self._check_parts("all_to_all", name, len(parts))
         what = What("all_to_all", gives[0].dtype, verb="all_to_all")
 
         def move(call: Call, g: list[Tensor], t: list[Tensor]) -> moves.Move:
@@ -156,6 +158,8 @@ class CheckedGroup(Member):
         self, output: Tensor, x: Tensor, out_splits: Any, in_splits: Any, opts: Any = None, *_: Any
     ) -> Work:
         n, verb = len(self.members), "all_to_all_single"
+        for name, splits in (("input splits", in_splits), ("output splits", out_splits)):
+            self._check_parts(verb, name, len(splits) or n)
         what = What("all_to_all", x.dtype, verb=f"{verb} of {_sizes(x, in_splits)}")
         out_row, in_row = (y[0].numel() if len(y) else 0 for y in (output, x))
 
@@ -167,6 +171,13 @@ class CheckedGroup(Member):
         return self.finish([call], opts, [output])
 
     alltoall_base = all_to_all_single
+
+    def _check_parts(self, verb: str, name: str, count: int) -> None:
+        if count != len(self.members):
+            raise ValueError(
+                f"{verb} on group {self._label()}: {count} {name}; expected one for each of its "
+                f"{len(self.members)} members"
+            )
 
     def barrier(self, opts: Any = None, *_: Any) -> Work:
         call = self.begin(What("barrier"), [], [], lambda c, g, t: moves.barrier(c), opts)

@@ -103,6 +103,11 @@ class Member(ProcessGroup):
         return NAME
 
     @property
+    def _device_types(self) -> list[torch.device]:
+        gpu = [torch.device("cuda")] if torch.cuda.is_available() else []
+        return [torch.device("cpu"), *gpu]
+
+    @property
     def group_name(self) -> Any:
         return self._id
 

@@ -6,6 +6,7 @@ at least the ranks in `hears` must get; `None` says that the program is right, a
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 import time
@@ -200,6 +201,21 @@ def a_thread_that_the_main_thread_waits_for(rank: int) -> None:
     dist.recv(numbers(), 0)
 
 
+@planted(Deadlock, "ranks wait for each other for ever")
+def a_call_of_a_thread_that_python_does_not_know(rank: int) -> None:
+    failed: list[ParityError] = []
+    is_over = _thread.allocate_lock()
+    is_over.acquire()
+
+    def call() -> None:
+        heard_by(failed, lambda: dist.recv(numbers(), 1 - rank))
+        is_over.release()
+
+    _thread.start_new_thread(call, ())
+    is_over.acquire()
+    raise failed[0]
+
+
 @planted(Race, "input [8] was written to before the wait", hears=(0,))
 def writing_what_is_being_sent(rank: int) -> None:
     x = numbers()
@@ -273,6 +289,32 @@ def a_slow_thread_that_wakes_the_main_one(rank: int) -> None:
     is_time.wait()
     dist.all_reduce(numbers(), group=first)
     caller.join()
+
+
+@planted(None)
+def a_feeder_in_the_background(rank: int) -> None:
+    def feed() -> None:
+        time.sleep(1.5)
+        dist.send(numbers(), 1)
+
+    if rank == 0:
+        threading.Thread(target=feed, daemon=True).start()
+        dist.recv(numbers(), 1, tag=1)
+    else:
+        dist.recv(numbers(), 0)
+        dist.send(numbers(), 0, tag=1)
+
+
+@planted(None)
+def a_thread_that_python_does_not_know(rank: int) -> None:
+    groups = [dist.new_group([0, 1], group_desc=name) for name in ("first", "second")]
+    is_time = threading.Event()
+    own = threading.Thread(target=lambda: dist.all_reduce(numbers(), group=groups[rank]))
+    own.start()
+    _thread.start_new_thread(lambda: (time.sleep(1.5), is_time.set()), ())
+    is_time.wait()
+    dist.all_reduce(numbers(), group=groups[1 - rank])
+    own.join()
 
 
 @planted(None, world=3)

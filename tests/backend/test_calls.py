@@ -178,3 +178,45 @@ def test_a_killed_rank_leaves_nothing_on_the_machine() -> None:
     with pytest.raises(RanksFailed, match=r"rank 1 was killed by SIGKILL"):
         launch(die_in_the_middle, 3, backend=DEADLINE)
     assert left_on_the_machine() <= before
+
+
+def short_of_parts() -> None:
+    x, y = torch.ones(8), torch.zeros(8)
+    dist.all_to_all_single(y, x)
+    if dist.get_rank() == 1:
+        dist.all_to_all_single(torch.zeros(4), torch.ones(4), [2, 2], [2, 2])
+
+
+def short_of_lists() -> None:
+    dist.all_to_all([torch.zeros(2)] * 2, [torch.ones(2)] * 2)
+
+
+def test_every_member_has_a_part() -> None:
+    """Two equal parts for four members would leave two of them what was there before."""
+    said = "2 input splits; expected one for each of its 4 members"
+    with pytest.raises(RanksFailed, match=f"ValueError: all_to_all_single on group world: {said}"):
+        launch(short_of_parts, 4)
+    with pytest.raises(RanksFailed, match="ValueError: all_to_all on group world: 2 inputs; expec"):
+        launch(short_of_lists, 4)
+
+
+def deadlock_in_a_helper() -> str:
+    x = torch.ones(3)
+    helper = threading.Thread(target=lambda: dist.recv(x, 1 - dist.get_rank()))
+    helper.start()
+    helper.join()
+    return "fine"
+
+
+def test_what_only_a_helper_thread_heard_fails_the_rank() -> None:
+    with pytest.raises(RanksFailed, match="raised: Deadlock: ranks wait for each other for ever"):
+        launch(deadlock_in_a_helper, 2)
+
+
+def kinds_of_device() -> list[str]:
+    return [device.type for device in dist.group.WORLD._device_types]
+
+
+def test_a_group_says_which_devices_it_takes() -> None:
+    """Asynchronous checkpoints ask for it, and loading from rank 0."""
+    assert launch(kinds_of_device, 1)[0][0] == "cpu"

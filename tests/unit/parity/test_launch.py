@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from parity import Backend, RanksFailed, launch
+from parity import Backend, RanksFailed, launch, world
 from parity.launcher import _read_stack
 from tests.unit.parity import targets
 
@@ -154,6 +155,27 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     assert set(done.stderr.split("Traceback")[0].splitlines()) == {line}
     assert "rank 0 ended with exit code 1 and without a result" in done.stderr
     assert done.returncode == 1
+
+
+def test_two_threads_may_launch_ranks() -> None:
+    """Each puts the main program aside meanwhile: it must be there in the end."""
+    main = sys.modules["__main__"]
+    with world(1) as w:
+
+        def several() -> None:
+            for _ in range(4):
+                w.run(int)
+
+        threads = [threading.Thread(target=several) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sys.modules["__main__"] is main
+
+
+def test_processes_of_a_rank_start_as_elsewhere() -> None:
+    assert launch(multiprocessing.get_start_method, 1) == [multiprocessing.get_start_method()]
 
 
 def test_a_stack_is_read_to_its_end(tmp_path: Path) -> None:

@@ -60,6 +60,20 @@ def test_a_script_for_torchrun_runs_as_it_is(tmp_path: Path) -> None:
     assert done.stdout == "['0', '--more'] [6.0, 6.0, 6.0] 3 3\n"
 
 
+def test_a_script_ends_when_its_threads_have(tmp_path: Path) -> None:
+    script = SCRIPT.partition("dist.all_reduce(x)\n")[0] + (
+        "import threading, time\n"
+        "def later():\n"
+        "    time.sleep(0.3)\n"
+        "    dist.all_reduce(x)\n"
+        "    print(x.tolist())\n"
+        "threading.Thread(target=later).start()\n"
+    )
+    done = run(tmp_path, script, "script.py", "0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[3.0, 3.0, 3.0]\n" * 3
+
+
 def test_a_script_that_fails_is_named(tmp_path: Path) -> None:
     done = run(tmp_path, SCRIPT, "script.py", "4")
     assert done.returncode == 3

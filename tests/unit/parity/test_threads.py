@@ -93,6 +93,6 @@ def test_a_thread_is_parked_if_nothing_but_the_waiting_can_wake_it(
                 looks[i][thread.native_id or 0] = stand
             if native:
                 looks[i][NATIVE] = native[i]
-        assert parked(*looks, {me.ident}) == ({thread.ident} if is_parked else set())
+        assert parked(*looks, {me.native_id or 0}) == ({thread.ident} if is_parked else set())
         assert parked(*looks, set()) == set()  # this thread has run
         end.set()
