@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from parity.bounds import (
@@ -75,12 +76,11 @@ class Baselines:
         for baseline in others:
             wholes[baseline.name] = self._run(baseline, case, self._keys(range(1)))
         _check(wholes)
+        self._check_noise(first.name, _measured(disturbed, disturbed, LOGIC))
         for name, own in wholes.items():
             for dtype in self.plan.dtypes:
                 expected = _measured(own, disturbed, dtype)
-                if dtype == LOGIC:
-                    self._check_noise(first.name, expected)
-                else:
+                if dtype != LOGIC:
                     _check_precision(name, dtype, expected)
                 self._expected[name, dtype, _options_id(case)] = expected
 
@@ -98,17 +98,19 @@ class Baselines:
     def _hidden_bits(self, own: dict[_Run, Wholes], dtype: str) -> int:
         early = CHECKS[:2]  # an optimizer's step may move by much more than its gradient
         exact, short = (_measured(own, own, name) for name in (LOGIC, dtype))
-        return hidden_bits((exact[key], e) for key, e in short.items() if key.check in early)
+        pairs = ((exact[key], e) for key, e in short.items() if key.check in early)
+        return hidden_bits(pairs, getattr(torch, dtype))
 
     def _check_noise(self, name: str, expected: dict[Key, Expected]) -> None:
         """Noise of the size of a mistake would excuse every mistake."""
         for key, e in expected.items():
             spared = any(override.covers(key) for override in self.plan.overrides)
-            if e.total > LOOSE * e.scale and not spared:
+            if not e.total <= LOOSE * e.scale and not spared:
                 raise TraceError(
                     f"the baseline '{name}', {key}: it moves by {e.total / e.scale:.1e} of its "
                     "size when its parameters move by one rounding, so nothing can be held against "
-                    "it; seed it (dropout, data) by run.seed alone, or make it less chaotic"
+                    "it; leave out what is random (dropout: p=0) or seed it by run.seed alone, or "
+                    "make it less chaotic"
                 )
 
     def _keys(self, nudges: Sequence[int]) -> list[_Run]:
@@ -140,8 +142,9 @@ class Baselines:
 def _check_precision(name: str, dtype: str, expected: dict[Key, Expected]) -> None:
     """A baseline that starts from other values in each dtype would excuse every candidate."""
     outputs = [e for key, e in expected.items() if key.check == CHECKS[0]]
-    far = min((e.total / e.scale for e in outputs), default=0.0)
-    if far > FAR:
+    errors = [norm(as_float64(e.exact) - e.truth) / e.scale for e in outputs]
+    far = min(errors, default=0.0)
+    if not far <= FAR:
         raise TraceError(
             f"the baseline '{name}' is off by {far:.1e} of its size in {dtype}, from what it is in "
             f"{LOGIC}: that is no rounding; draw its initial values and data in one dtype, and "

@@ -276,5 +276,7 @@ def _piece_error(piece: Piece, e: Evidence) -> PieceError:
 
 
 def pattern(name: str) -> str:
-    """`output of blocks.*.mlp.down`: the same record of all layers of a kind."""
-    return re.sub(r"\d+", "*", name)
+    """`output of blocks.*.mlp.down`: the same record of all layers of a kind. Other digits are part
+    of a name, as in `ln_1`, and the children of one module are not of a kind.
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

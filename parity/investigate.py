@@ -94,11 +94,12 @@ class Investigator:
             is_last = found.run.steps != 1 or len(culprits) == MOST - 1
             if is_last or v.key.check not in MASKED or v.status not in WRONG:
                 return [*culprits, found]
-            values = self._values(session, case, found)
+            values = self._values(session, case, found, others)
             after = self._look(session, case, decided, masks | values, others)
             if after.wrong - look.wrong and v.key not in decided:
                 # Put "right" it makes wrong what was right: a part of a sum that is made elsewhere.
-                others = others | ({v.key, *values} - decided)
+                same = {k for k in values if _kind(k) in _kinds(found)}
+                others = others | (({v.key} | same) - decided)
                 look = self._look(session, case, decided, masks, others)
             else:
                 culprits.append(found)
@@ -139,10 +140,19 @@ class Investigator:
         )
         return Session(plan, self._kept.setdefault((run.label, steps), Baselines(plan)))
 
-    def _values(self, session: Session, case: Case, culprit: Culprit) -> dict[Key, Tensor]:
+    def _values(
+        self, session: Session, case: Case, culprit: Culprit, others: Set[Key]
+    ) -> dict[Key, Tensor]:
         """What is right for all records in which the same mistake is seen."""
         session.baselines.prepare(case)
         expected = session.baselines.expected(session.plan.baselines[0], culprit.run.dtype, case)
-        kinds = {(key.check, pattern(key.name)) for key in culprit.names}
-        keys = [k for k in expected if (k.check, pattern(k.name)) in kinds or k in culprit.alike]
-        return {k: expected[k].exact for k in keys}
+        alike = {k for k in expected if _kind(k) in _kinds(culprit) or k in culprit.alike}
+        return {k: e.exact for k, e in expected.items() if k in alike - others}
+
+
+def _kind(key: Key) -> tuple[str, str]:
+    return key.check, pattern(key.name)
+
+
+def _kinds(culprit: Culprit) -> set[tuple[str, str]]:
+    return {_kind(key) for key in culprit.names}

@@ -284,9 +284,9 @@ def _by_name(output: Mapping[Any, Any]) -> Mapping[str, Cuts]:
 
 def _objections(subject: Subject, case: Case, steps: int) -> list[str]:
     """What is wrong with a comparison, before a rank starts."""
+    if wrong := _malformed(subject):
+        return [wrong]
     said = []
-    if not isinstance(subject.inputs, list | tuple | Mapping) or not subject.inputs:
-        return ["inputs: expected a list of what the module is called with, as in [torch.randn(4)]"]
     given = dict(entries(subject.inputs))
     said += [
         f"whole: there is no input {at!r} (there are: {', '.join(map(repr, given))})"
@@ -310,6 +310,20 @@ def _objections(subject: Subject, case: Case, steps: int) -> list[str]:
     ):
         said += _uneven(subject, case, where, x)
     return said
+
+
+def _malformed(subject: Subject) -> str:
+    """What is of another type than it must be."""
+    inputs, example = subject.inputs, "as in [torch.randn(4)]"
+    if not isinstance(inputs, list | tuple | Mapping) or not inputs:
+        return f"inputs: expected a list of what the module is called with, {example}, or a dict"
+    if isinstance(inputs, Mapping) and not all(isinstance(key, str) for key in inputs):
+        return "inputs: the keys of a dict are the names that the module takes them by"
+    if not isinstance(subject.targets, list | tuple):
+        return f"targets: expected a list of what the loss is called with, {example}"
+    if not isinstance(subject.whole, list | tuple | set):
+        return f"whole={subject.whole!r}: expected a list of places or names of inputs, as in [0]"
+    return ""
 
 
 def _uneven(subject: Subject, case: Case, where: str, x: Tensor) -> list[str]:

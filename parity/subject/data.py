@@ -50,9 +50,22 @@ def inputs(subject: Subject, run: Run) -> Inputs:
     return _each(subject.inputs, one)
 
 
-def others(inputs: Inputs) -> Inputs:
-    """Other inputs of the same shapes: their rows the other way round, and rolled."""
-    return _each(inputs, lambda _, x: x.detach().flip(0).roll(1, -1) if x.ndim else x.detach())
+def others(subject: Subject, inputs: Inputs) -> Inputs:
+    """Other inputs of the same shapes: their rows the other way round, and what is in a row moved.
+    Places and lengths that are no rank's own stay as they are.
+    """
+
+    def one(at: int | str, x: Tensor) -> Tensor:
+        x = x.detach()
+        if not _has_rows(x) or (at in subject.whole and not x.is_floating_point()):
+            return x
+        return x.flip(0).roll(1, -1) if x.ndim > 1 else x.flip(0)
+
+    return _each(inputs, one)
+
+
+def _has_rows(x: Tensor) -> bool:
+    return x.ndim > 0 and x.layout == torch.strided
 
 
 def targets(subject: Subject, run: Run) -> list[Any]:
@@ -72,7 +85,9 @@ def batch(
     """Of one step: the rows begin further on each time. With `axes`, this rank's share of it."""
 
     def moved(x: Tensor) -> Tensor:
-        return x.detach().roll(-step, 0).requires_grad_(x.requires_grad) if x.ndim and step else x
+        if not step or not _has_rows(x):
+            return x
+        return x.detach().roll(-step, 0).requires_grad_(x.requires_grad)
 
     inputs = _each(inputs, lambda at, x: x if at in subject.whole else moved(x))
     targets = [change(x, moved) for x in targets]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -111,8 +112,13 @@ def change(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """The same structure, each tensor in it changed."""
     if isinstance(value, Tensor):
         return function(value)
+    if isinstance(value, MutableMapping):
+        changed = copy.copy(value)  # of its own type, with what else that has
+        for key, x in value.items():
+            changed[key] = change(x, function)
+        return changed
     if isinstance(value, Mapping):
-        return {key: change(inner, function) for key, inner in value.items()}
+        return {key: change(x, function) for key, x in value.items()}
     if isinstance(value, list | tuple):
         inner = [change(x, function) for x in value]
         return type(value)(*inner) if hasattr(value, "_fields") else type(value)(inner)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
+import parity
 from parity.diagnose import diagnose
 from parity.evidence import Evidence
 from parity.modules import record_modules
 from parity.subject.alignment import Box, Held, Part
+from parity.subject.check import Differs, TestCase
 from parity.subject.places import paths_of
 from parity.subject.program import make_generic
 from parity.trace import Key, Piece, Trace
@@ -93,3 +98,25 @@ def test_a_tied_weight_that_is_tied_no_more_is_named() -> None:
     shared = [Piece(rank, (0, 0), want * part) for rank, part in enumerate((0.25, 0.75))]
     e = e._replace(pieces=shared, at=[{"tp": 0}, {"tp": 1}], axes={"tp": 2})
     assert diagnose(e)[0].kind == "not reduced"
+
+
+def siblings() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+
+
+def scaled(full: Any, mesh: Any) -> nn.Module:
+    """Another mistake in the gradient of each child's bias."""
+    model = siblings()
+    model.load_state_dict(full)
+    factors = {"0.bias": 3.0, "1.weight": -1.0, "2.bias": 5.0}
+    for name, p in model.named_parameters():
+        p.register_hook(lambda g, name=name: g * factors.get(name, 1.0))
+    return model
+
+
+def test_children_of_one_module_are_not_layers_of_a_kind() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(Differs) as caught:
+        TestCase(parity.Case({"tp": 1})).check(siblings, scaled, [torch.randn(4, 4)])
+    for name in ("0.bias", "1.weight", "2.bias"):
+        assert f": gradient of {name}\n" in str(caught.value)

@@ -74,12 +74,28 @@ def test_the_bits_that_a_program_keeps_are_seen_through_its_dtype() -> None:
             return program(torch.float32, seed, short=short)
 
         e = measure(run(0), truth, [run(seed) for seed in range(1, NUDGES + 1)], 1.0)
-        return hidden_bits([(exact, e)])
+        return hidden_bits([(exact, e)], torch.float32)
 
     assert bits(torch.float32) == 0
     assert bits(torch.float16) == 10
     assert bits(torch.bfloat16) == 7
-    assert hidden_bits([]) == 0
+    assert hidden_bits([], torch.float32) == 0
+
+
+def test_a_few_coarse_records_are_not_the_program() -> None:
+    def both(dtype: torch.dtype, spoilt: bool) -> Expected:
+        def run(seed: int) -> torch.Tensor:
+            y = program(dtype, seed)
+            return y.bfloat16().to(dtype) if spoilt and dtype == torch.float32 else y
+
+        return measure(run(0), run(0).double(), [run(n) for n in range(1, NUDGES + 1)], 1.0)
+
+    pairs = []
+    for spoilt in (True, False, False):
+        exact, short = both(torch.float64, spoilt), both(torch.float32, spoilt)
+        pairs.append((exact, short._replace(truth=exact.truth)))
+    assert hidden_bits(pairs[:1], torch.float32) > 0
+    assert hidden_bits(pairs, torch.float32) == 0
 
 
 def program(
