@@ -16,22 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import parity
-from parity.subject.check import CouldNotRun, Differs, How, Kept, TestCase
+from parity.subject.check import CouldNotRun, Differs, Kept, TestCase
 from tests.subject.layers import ParallelMLP, mlp
-
-
-@pytest.fixture(scope="module")
-def kept() -> Kept:
-    return Kept()
-
-
-@pytest.fixture
-def case(kept: Kept) -> Callable[..., TestCase]:
-    def make(**axes: int) -> TestCase:
-        torch.manual_seed(0)
-        return TestCase(parity.Case(axes), How(again="pytest 'x[y]'"), kept)
-
-    return make
 
 
 def check(case: TestCase, wrong: str = "", **more: Any) -> parity.run.Result:

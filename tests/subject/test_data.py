@@ -14,21 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import parity
 from parity.errors import TraceError
-from parity.subject.check import Differs, How, Kept, TestCase
-
-
-@pytest.fixture(scope="module")
-def kept() -> Kept:
-    return Kept()
-
-
-@pytest.fixture
-def case(kept: Kept) -> Callable[..., TestCase]:
-    def make(**axes: int) -> TestCase:
-        torch.manual_seed(0)
-        return TestCase(parity.Case(axes), How(again="pytest 'x[y]'"), kept)
-
-    return make
+from parity.subject.check import Differs, TestCase
 
 
 class Attends(nn.Module):
