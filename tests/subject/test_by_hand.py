@@ -19,11 +19,6 @@ from tests.subject.by_hand import (
 )
 
 
-@pytest.fixture(scope="module")
-def kept() -> Kept:
-    return Kept()
-
-
 def check(kept: Kept, axis: str, size: int, wrong: str = "") -> None:
     torch.manual_seed(0)
     case = parity.TestCase(parity.Case({axis: size}), kept=kept)
