@@ -59,7 +59,8 @@ class Baselines:
         if not found:
             return ""
         kept = ", ".join(found)
-        return f"the baseline itself keeps about {kept} (autocast?), so finer drift is not seen"
+        said = f"the baseline itself keeps about {kept} (autocast?), so finer drift is not seen"
+        return said if LOGIC in self.plan.dtypes else f"{said}, nor are many mistakes: add {LOGIC}"
 
     def expected(self, baseline: Baseline, dtype: str, case: Case) -> dict[Key, Expected]:
         return self._expected[baseline.name, dtype, _options_id(case)]
