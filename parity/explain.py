@@ -19,8 +19,8 @@ def lines(culprits: Sequence[Culprit]) -> list[str]:
         said += [f"{name}: {culprit.verdict.key}", f"  {culprit.where}", *_why(culprit)]
     if not culprits:
         said = [
-            "run again with everything recorded it agreed with the first baseline: either it is "
-            "not the same in every run, or it differs from another baseline alone"
+            "run again with everything recorded it agreed with the first baseline: it is not "
+            "the same in every run (a step may count its calls), or another baseline alone differs"
         ]
     return said
 

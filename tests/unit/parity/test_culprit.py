@@ -136,8 +136,8 @@ def test_culprits_in_words() -> None:
         "  no simple explanation fits",
     ]
     assert lines([]) == [
-        "run again with everything recorded it agreed with the first baseline: either it is "
-        "not the same in every run, or it differs from another baseline alone"
+        "run again with everything recorded it agreed with the first baseline: it is not "
+        "the same in every run (a step may count its calls), or another baseline alone differs"
     ]
     assert (
         neighbourhood(culprit)
