@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -160,7 +161,7 @@ class CheckedGroup(Member):
         n, verb = len(self.members), "all_to_all_single"
         for name, splits in (("input splits", in_splits), ("output splits", out_splits)):
             self._check_parts(verb, name, len(splits) or n)
-        what = What("all_to_all", x.dtype, verb=f"{verb} of {_sizes(x, in_splits)}")
+        what = What("all_to_all", x.dtype, verb=_verb(verb, tuple(x.shape), tuple(in_splits)))
         out_row, in_row = (y[0].numel() if len(y) else 0 for y in (output, x))
 
         def move(call: Call, g: list[Tensor], t: list[Tensor]) -> moves.Move:
@@ -336,8 +337,9 @@ def _listed(tensors: Any) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def _sizes(x: Tensor, splits: Sequence[int]) -> str:
-    return f"{list(x.shape)} split into {list(splits)}" if splits else str(list(x.shape))
+@lru_cache
+def _verb(verb: str, shape: tuple[int, ...], splits: tuple[int, ...]) -> str:
+    return f"{verb} of {list(shape)}" + (f" split into {list(splits)}" if splits else "")
 
 
 def _parts(flat: Tensor, splits: Sequence[int], row: int, n: int) -> moves.Parts:

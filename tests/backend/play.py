@@ -18,7 +18,7 @@ from torch import Tensor
 
 from parity.backend import lane, moves
 from tests.backend.model import Result, an_object, fingerprint, fingerprints
-from tests.backend.programs import FACTOR, Call, Message, Placed, Plan, decode, tensors
+from tests.backend.programs import FACTOR, UNSORTED, Call, Message, Placed, Plan, decode, tensors
 
 CPU = torch.device("cpu")
 # Before torch 2.13 they have the old names only.
@@ -68,7 +68,7 @@ def play(plan: Plan) -> list[dict[int, Result]]:
     warnings.simplefilter("ignore", FutureWarning)
     lane.CHUNK = moves.CHUNK = plan.chunk
     moves.SMALL = plan.small
-    groups = [dist.new_group(list(g), sort_ranks=False) for g in plan.groups]
+    groups = [dist.new_group(list(g), **UNSORTED) for g in plan.groups]
     found = []
     for number, program in enumerate(plan.programs):
         found.append(_run(plan, program, groups, number * 1000))

@@ -11,13 +11,17 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int8, torch.uint8)
 DTYPES = (*FLOATS, *INTEGERS, torch.complex64, torch.bool)
+# Whether ranks of a group may stay in the order given: from torch 2.13 on.
+UNSORTED = {"sort_ranks": False} if "sort_ranks" in signature(dist.new_group).parameters else {}
 POOL = 1 << 17  # random elements of each dtype, from which all inputs are cut
 FACTOR = 0.3  # of PREMUL_SUM
 REDUCING = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_single")
@@ -80,6 +84,8 @@ class Call:
 def make_plan(seed: int, world: int, programs: tuple[tuple[int, ...], ...]) -> Plan:
     rng = random.Random(seed)  # noqa: S311
     groups = [rng.sample(range(world), rng.randint(1, world)) for _ in range(3)]
+    if not UNSORTED:  # then torch sorts them itself
+        groups = [sorted(group) for group in groups]
     chunk = rng.choice([1024, 4096])
     small = rng.choice([256, 1024])
     return Plan(world, (tuple(range(world)), *map(tuple, groups)), chunk, small, programs)
