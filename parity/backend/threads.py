@@ -42,7 +42,7 @@ def look() -> dict[int, Stand]:
     """By the kernel's number of the thread; empty where it cannot be told."""
     try:
         return {int(task): _stand(_TASKS / task) for task in os.listdir(_TASKS)}
-    except OSError:  # no such folder here, or a thread has ended meanwhile
+    except (OSError, KeyError, ValueError):  # no such folder here, or a thread ends meanwhile
         return {}
 
 
