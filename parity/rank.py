@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import fcntl
+import io
 import multiprocessing as mp
 import os
 import pickle
@@ -81,6 +82,7 @@ def _settle(seat: Seat) -> None:
         log = os.open(own / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+    _keep_lines_whole()
     faulthandler.enable(file=sys.stderr)
     faulthandler.register(STACK_SIGNAL, file=(own / STACK).open("w"), all_threads=True)
     # One rank per core at most: ranks share the machine, and threads of theirs would fight for it.
@@ -89,6 +91,16 @@ def _settle(seat: Seat) -> None:
     if seat.device == "cpu" and hasattr(os, "SCHED_BATCH"):
         # No preemption on wake-up: gloo's many small messages are four times as fast with it.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _keep_lines_whole() -> None:
+    """A line goes out at once and in one piece, whether PYTHONUNBUFFERED is set (a line and its end
+    are two writes then, and another rank's may come between) or not (a rank that is ended would
+    take what it printed with it).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
 
 
 def _die_with_the_parent() -> None:

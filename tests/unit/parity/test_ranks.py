@@ -74,6 +74,31 @@ def test_a_script_ends_when_its_threads_have(tmp_path: Path) -> None:
     assert done.stdout == "[3.0, 3.0, 3.0]\n" * 3
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_lines_of_ranks_stay_whole_and_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: str
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    script = """
+import os
+import torch.distributed as dist
+dist.init_process_group()
+class Pause:
+    def __str__(self):
+        dist.barrier()
+        dist.barrier()
+        return "line"
+if dist.get_rank() == 0:
+    print("one", Pause())
+    os._exit(0)
+dist.barrier()
+print("another")
+dist.barrier()
+"""
+    done = run(tmp_path, script, "script.py")
+    assert sorted(done.stdout.splitlines()) == ["another", "another", "one line"]
+
+
 def test_a_script_that_fails_is_named(tmp_path: Path) -> None:
     done = run(tmp_path, SCRIPT, "script.py", "4")
     assert done.returncode == 3
