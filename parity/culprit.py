@@ -7,7 +7,7 @@ made from right inputs, by the code between the last right record and itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,7 +38,8 @@ class PieceError(NamedTuple):
 
 class Culprit(NamedTuple):
     """`names` are the records of the one tensor, `alike` the others of its check in which the same
-    mistake is seen, `nearby` the verdicts around it in program order, itself among them.
+    mistake is seen, `nearby` the verdicts around it in program order, itself among them. `backward`
+    are those of the same piece of the program that a mistake in its forward may be all there is to.
     """
 
     run: Run
@@ -50,6 +51,7 @@ class Culprit(NamedTuple):
     alike: list[Key]
     pieces: list[PieceError]
     nearby: list[Verdict]
+    backward: Sequence[Culprit] = ()
 
 
 def find(
@@ -59,13 +61,17 @@ def find(
     recording: Recording,
     wholes: Mapping[Key, Whole],
     expected: Mapping[Key, Expected],
+    known: Container[Key] = (),
 ) -> Culprit:
-    """Everything that can be said about `verdict`, the first of `verdicts` that is bad."""
+    """Everything that can be said about `verdict`, the first of `verdicts` that is bad and not
+    `known`.
+    """
     good = {v.key for v in verdicts if v.good}
     names, verdict = innermost(verdict, verdicts, good)
     key, place = verdict.key, verdicts.index(verdict)
     evidence = gather(run, key, recording, wholes, expected)
-    bad = [v for v in verdicts if not v.good and v.key.check == key.check and v.key not in names]
+    bad = [v for v in verdicts if not v.good and v.key.check == key.check]
+    bad = [v for v in bad if v.key not in names and v.key not in known]
     if verdict.status in ("hole", "overlap", "shape", "dtype", "missing", "nan"):
         fits, alike = [Fit(verdict.status, verdict.text)], []
     elif verdict.status == "drift":
@@ -273,6 +279,32 @@ def _piece_error(piece: Piece, e: Evidence) -> PieceError:
     error = norm(as_float64(piece.tensor) - want) / size if want.numel() else 0.0
     at = e.at[piece.rank] if e.at else {}
     return PieceError(piece.rank, at, piece.offset, tuple(piece.tensor.shape), error)
+
+
+def with_another(culprits: Sequence[Culprit], found: Culprit) -> list[Culprit]:
+    """And one that was found once these were put right. Autograd goes back through a forward as it
+    was made: a wrong one has a wrong backward, though what it puts out was overwritten.
+    """
+    path = pattern(found.verdict.key.name.partition(" of ")[2] or found.verdict.key.name)
+    known = all(fit.by in _PARTS or fit.kind in _PASSED_ON for fit in found.fits)
+    for i, c in enumerate(culprits):
+        inside = _piece_of_program(c)
+        is_back = found.verdict.key.check in ("backward", "gradient") and inside is not None
+        if is_back and known and f"{path}.".startswith(f"{inside}."):
+            theirs = c._replace(backward=[*c.backward, found])
+            return [*culprits[:i], theirs, *culprits[i + 1 :]]
+    return [*culprits, found]
+
+
+_PASSED_ON = ("scaled", "rows scaled")  # from a forward that is off by a factor
+
+
+def _piece_of_program(c: Culprit) -> str | None:
+    """The module whose own code is to blame for what the forward made, if it is not the model."""
+    side, _, path = c.verdict.key.name.partition(" of ")
+    if c.verdict.key.check != "activation" or path == MODEL:
+        return None
+    return pattern(path if side == "output" else path.rpartition(".")[0]) or None
 
 
 def pattern(name: str) -> str:

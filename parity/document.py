@@ -86,6 +86,7 @@ def _culprit_json(c: Culprit) -> dict[str, Any]:
         "diagnoses": [fit._asdict() for fit in c.fits],
         "alike": [str(key) for key in c.alike],
         "hint": c.hint,
+        "backward": [_culprit_json(other) for other in c.backward],
     }
 
 

@@ -35,7 +35,14 @@ def _why(culprit: Culprit) -> list[str]:
         )
     if culprit.hint:
         said.append(f"  {culprit.hint}")
+    if culprit.backward:
+        found = [f"{c.verdict.key}{_reason(c)}" for c in culprit.backward]
+        said.append(f"  its backward differs with it: {', '.join(found)}")
     return said
+
+
+def _reason(culprit: Culprit) -> str:
+    return f" ({culprit.fits[0].text})" if culprit.fits else ""
 
 
 def _left(residual: float) -> str:

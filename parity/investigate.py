@@ -7,7 +7,7 @@ mistake. Only what a first step shows is masked; later steps begin where that on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parity.baseline import Baselines
 from parity.case import Case, Run
-from parity.culprit import Culprit, pattern
+from parity.culprit import Culprit, pattern, with_another
 from parity.errors import RanksFailed
 from parity.ledger import SIZE
 from parity.plan import Plan
@@ -34,7 +34,8 @@ class _Look(NamedTuple):
     """What one run with everything recorded shows."""
 
     culprit: Culprit | None  # the first one
-    bad: Set[Key]  # all that differs
+    order: Sequence[Key]  # of all that was judged, as the program made it
+    bad: Set[Key]  # what differs
     wrong: Set[Key]  # of what the verdict was on
 
 
@@ -84,6 +85,7 @@ class Investigator:
         """
         culprits: list[Culprit] = []
         masks: dict[Key, Tensor] = {}
+        begun = look
         for _ in range(LOOKS):
             # A record of a module is decided on where a second call shows what is kept; what the
             # first call gets wrong, it does too.
@@ -96,14 +98,16 @@ class Investigator:
                 return [*culprits, found]
             values = self._values(session, case, found, others)
             after = self._look(session, case, decided, masks | values, others)
-            if after.wrong - look.wrong and v.key not in decided:
-                # Put "right" it makes wrong what was right: a part of a sum that is made elsewhere.
+            if _is_harm(look, after, values.keys()) and v.key not in decided:
+                # Put "right", it makes wrong what was right: a part of a sum that is made later.
                 same = {k for k in values if _kind(k) in _kinds(found)}
                 others = others | (({v.key} | same) - decided)
                 look = self._look(session, case, decided, masks, others)
             else:
-                culprits.append(found)
+                culprits = with_another(culprits, found)
                 masks, look = masks | values, after
+        if not culprits and begun.wrong and begun.culprit is not None:
+            return [begun.culprit]  # it differs, whatever comes of putting it right
         return culprits
 
     def _look(
@@ -123,8 +127,9 @@ class Investigator:
             result = session.result(case, str(path) if masks else "", known)
         if result.status == "error":  # silence would read as if it had agreed this time
             raise RanksFailed(result.error, ())
-        bad = {v.key for j in result.judged for v in j.verdicts if not v.good} - known
-        return _Look(result.culprit, bad, bad & decided)
+        verdicts = [v for j in result.judged for v in j.verdicts]
+        bad = {v.key for v in verdicts if not v.good} - known
+        return _Look(result.culprit, [v.key for v in verdicts], bad, bad & decided)
 
     def _session(self, run: Run, steps: int) -> Session:
         """One way of computing, everything recorded, against the first baseline."""
@@ -148,6 +153,12 @@ class Investigator:
         expected = session.baselines.expected(session.plan.baselines[0], culprit.run.dtype, case)
         alike = {k for k in expected if _kind(k) in _kinds(culprit) or k in culprit.alike}
         return {k: e.exact for k, e in expected.items() if k in alike - others}
+
+
+def _is_harm(before: _Look, after: _Look, masked: Set[Key]) -> bool:
+    """Whether the first record for which overwriting `masked` makes a difference was right."""
+    changed = (key for key in after.order if (key in before.bad) != (key in after.bad))
+    return next((key in after.bad for key in changed if key not in masked), False)
 
 
 def _kind(key: Key) -> tuple[str, str]:

@@ -138,7 +138,7 @@ class Session:
         if bad is None:
             return None
         expected = self.baselines.expected(self.plan.baselines[0], run.dtype, run.case)
-        return find(run, verdicts, bad, recording, wholes, expected)
+        return find(run, verdicts, bad, recording, wholes, expected, masked)
 
     def _is_itself(self, baseline: Baseline, run: Run) -> bool:
         return (

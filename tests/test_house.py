@@ -77,6 +77,7 @@ ROWS = {
     "parity.subject": [
         ["boxes", "packing", "placing"],
         ["alignment", "program"],
+        ["features", "paths"],
         ["places", "data"],
         ["training"],
         ["target"],

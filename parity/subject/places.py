@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
 from parity.errors import TraceError
 from parity.modules import MODEL, Placed, Seen
-from parity.subject.alignment import Held, local
+from parity.subject.alignment import local
+from parity.subject.features import Features, Stretch
 from parity.subject.placing import (
     Axes,
     Cuts,
@@ -36,15 +37,17 @@ class Places:
         paths: Mapping[str, str] | None = None,
         rows: int | None = None,
         times: int = 1,
+        features: Features | None = None,
     ) -> None:
         """`inputs` and `outputs`: over which axes they are cut, by the user's word ("": those
         outputs that are not named); `paths`: the baseline's name of each module that has one there
         (None: all, the same); `rows`: of the whole batch, where modules are called for some of them
-        at a time; `times`: how often gradients are counted until they are averaged over ranks.
+        at a time; `times`: how often gradients are counted until they are averaged over ranks;
+        `features`: which of a module's this rank has, where it has not all.
         """
         self.axes, self.shapes, self.paths = axes, shapes, paths
         self.inputs, self.outputs = inputs or {}, outputs or {}
-        self.rows, self.times = rows, times
+        self.rows, self.times, self.features = rows, times, features or {}
         self._done: dict[str, tuple[int, int]] = {}  # rows that were seen, of how many
 
     def of(self, check: str, name: str, tensor: Tensor) -> Place:
@@ -93,11 +96,24 @@ class Places:
         whole = size if self.shapes is None else self.shapes.get(("activation", seen.name))
         if whole is None or (self.shapes is None and seen.call):
             return None
+        stretches = self._stretches(whole, seen)
+        if stretches:  # of the other dims its shape tells, as if it had all features
+            full = seen.tensor[..., :1].expand(*size[:-1], whole[-1])
+            seen = seen._replace(tensor=full)
         try:
             place = self._seen(tuple(whole), seen)
         except Unplaced:
             return None
-        return Placed(place.shape, [(place.offset, local)], self.times)
+        boxes = [((*place.offset[:-1], s.whole), _narrow(s)) for s in stretches]
+        return Placed(place.shape, boxes or [(place.offset, local)], self.times)
+
+    def _stretches(self, whole: Sequence[int], seen: Seen) -> Sequence[Stretch]:
+        """The features that this rank has, if its parameters tell it."""
+        x, found = seen.tensor, self.features.get((seen.path, seen.is_input), ())
+        if as_dtensor(x) is not None or x.ndim != len(whole) or not x.numel():
+            return ()
+        is_cut = x.shape[-1] < whole[-1]
+        return found if is_cut and sum(s.length for s in found) == x.shape[-1] else ()
 
     def _seen(self, whole: tuple[int, ...], seen: Seen) -> Place:
         x = seen.tensor
@@ -134,43 +150,5 @@ class Places:
         return {name for name, (done, length) in self._done.items() if done < length}
 
 
-def _path_of(held: Sequence[Held]) -> str | None:
-    """The one module of the baseline that has all parameters of a module, by the same names."""
-    found = set()
-    for h in held:
-        path, _, leaf = h.parts[0].whole.rpartition(".") if len(h.parts) == 1 else ("", "", "")
-        found.add(path if leaf == h.name.rpartition(".")[2] else None)
-    return found.pop() if len(found) == 1 else None
-
-
-def paths_of(held: Sequence[Held], *, is_whole: bool) -> dict[str, str]:
-    """The baseline's path of every module of the candidate that can be told by its parameters.
-
-    A parameter `net.0.weight` that is the baseline's `layers.4.weight` makes `net.0` `layers.4`.
-    `is_whole`: the outermost module is the baseline's too.
-    """
-    own: dict[str, list[Held]] = {}
-    for h in held:
-        own.setdefault(h.name.rpartition(".")[0], []).append(h)
-    owners: dict[str, set[str]] = {}  # of the parameters of each module of the baseline
-    for path, h in ((path, h) for path, hs in own.items() for h in hs):
-        for part in h.parts:
-            owners.setdefault(part.whole.rpartition(".")[0], set()).add(path)
-    # One whose parameters are in several modules here is none of them: a bias that is added later.
-    known = {
-        path: theirs
-        for path, hs in own.items()
-        if (theirs := _path_of(hs)) is not None and owners[theirs] == {path}
-    }
-    paths: dict[str, str] = {}
-    for path, theirs in known.items():
-        ours = path
-        while (ours or is_whole) and (theirs or is_whole) and known.get(ours, theirs) == theirs:
-            if ours in own and ours not in known:
-                break  # it has parameters of its own, of several of the baseline's modules
-            paths.setdefault(ours, theirs)
-            if not ours or not theirs or ours.split(".")[-1] != theirs.split(".")[-1]:
-                break
-            ours, theirs = ours.rpartition(".")[0], theirs.rpartition(".")[0]
-    # Around it a wrapper may be (DDP): then it is what is inside that is recorded.
-    return paths if not is_whole or "" in paths.values() else {"": "", **paths}
+def _narrow(stretch: Stretch) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.narrow(-1, stretch.held, stretch.length)

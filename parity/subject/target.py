@@ -23,7 +23,9 @@ from parity.case import Run
 from parity.errors import TraceError
 from parity.subject import data
 from parity.subject.alignment import Box, Held, Part, Wholes, align
-from parity.subject.places import Places, Shapes, paths_of
+from parity.subject.features import features_of
+from parity.subject.paths import paths_of
+from parity.subject.places import Places, Shapes
 from parity.subject.placing import Axes, Place, Unplaced, cut
 from parity.subject.program import Program, Subject, as_program, make_generic
 from parity.subject.training import Side, train
@@ -64,8 +66,8 @@ class Candidate:
         trace = Trace(axes.at)
         held = self.held(run)
         with _default_dtype(getattr(torch, run.dtype)):
-            full = make(subject, run).state_dict()
-            program = self._program(full, run)
+            baseline = make(subject, run)
+            program = self._program(baseline.state_dict(), run)
             _check_dtypes(program, getattr(torch, run.dtype))
             if program.optimizer is None:
                 optimizer = _optimizer(subject, program.trained.values())
@@ -74,7 +76,10 @@ class Candidate:
             paths = paths_of(held, is_whole=program.step is None)
             rows = None if program.step is None else data.rows(subject)
             times = torch.Size([axes.sizes[axis] for axis in subject.data]).numel()
-            places = Places(axes, shapes, subject.cuts, subject.output, paths, rows, times)
+            features = features_of(held, paths, baseline)
+            places = Places(
+                axes, shapes, subject.cuts, subject.output, paths, rows, times, features
+            )
             parts = {h.name: h.parts for h in held}
             side = Side(subject, run, trace, program, parts.__getitem__, places)
             inputs = data.inputs(subject, run)

@@ -11,7 +11,8 @@ from parity.explain import lines
 from tests.bugs.__main__ import DOCS, Hunt, Kill, document, summary, table
 from tests.bugs.catalogue import BUGS, Bug
 
-# The first twelve, as an issue had named them, and one that drifts: a full run of all diagnoses is
+# The first twelve, as an issue had named them, and some with which the search for culprits went
+# wrong: what is put right changes more than it mends. A full run of all diagnoses is
 # `python -m tests.bugs`, and takes ten minutes.
 KNOWN = (
     "row_bias_on_every_rank",
@@ -27,6 +28,8 @@ KNOWN = (
     "fused_qkv_cut_as_one_block",
     "backward_with_the_wrong_microbatch",
     "gradients_summed_over_dp_in_bfloat16",
+    "row_sum_in_bfloat16",
+    "rows_dealt_out_in_turn",
 )
 
 

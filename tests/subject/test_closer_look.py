@@ -14,7 +14,7 @@ from parity.evidence import Evidence
 from parity.modules import record_modules
 from parity.subject.alignment import Box, Held, Part
 from parity.subject.check import Differs, TestCase
-from parity.subject.places import paths_of
+from parity.subject.paths import paths_of
 from parity.subject.program import make_generic
 from parity.trace import Key, Piece, Trace
 from parity.whole import join

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from parity.modules import Seen
 from parity.subject.alignment import Held, Part
-from parity.subject.places import Places, paths_of
+from parity.subject.paths import paths_of
+from parity.subject.places import Places
 from parity.subject.placing import Axes, Place, Unplaced, by_shape, cut, share
 from parity.trace import Trace
 
@@ -174,13 +175,18 @@ def named(**wholes: str) -> list[Held]:
                 "x.0.norm": "y.3.norm",
             },
         ),
-        # One module for several of the baseline's is none of them, though a name is the same.
-        (named(net__up="net.0.w", net__b="net.2.b"), True, {"": ""}),
+        # One module for several of the baseline's is what is around them, if that has its name and
+        # nothing else in it.
+        (named(net__up="net.0.w", net__b="net.2.b"), True, {"net": "net", "": ""}),
+        (named(net__up="net.0.w", out__b="net.2.b"), True, {"out": "net.2", "": ""}),
+        (named(net__up="net.0.w", net__b="other.b", other__c="other.c"), True, {"": ""}),
         (
             named(net__up="net.0.w", net__b="net.2.b", net__in__w="net.in.w"),
             True,
-            {"net.in": "net.in", "": ""},
+            {"net.in": "net.in", "net": "net", "": ""},
         ),
+        # Of a wrapper and what is inside, one is the baseline's.
+        (named(a__w="a.w", b__module__w="b.w"), True, {"a": "a", "b.module": "b", "": ""}),
         # Nor is either of two that hold the parameters of one: a bias that is added outside.
         (
             named(a__w="a.w", a__b="a.b", b__w="b.w", b="b.b"),
@@ -193,3 +199,22 @@ def test_modules_have_the_names_that_their_parameters_tell(
     held: list[Held], is_whole: bool, paths: dict[str, str]
 ) -> None:
     assert paths_of(held, is_whole=is_whole) == paths
+
+
+@given(st.sets(st.text("ab.", min_size=1, max_size=6).filter(lambda x: "" not in x.split("."))))
+def test_a_module_by_the_same_names_is_the_same(modules: set[str]) -> None:
+    """And inside a wrapper; a module that is named for another's parameter is no module."""
+    names = [f"{path}.weight" for path in modules]
+    told = {path: path for name in names for path in _around(name)}
+    pieces = [Held(name, (1,), [Part(name, (1,), [])]) for name in names]
+    assert paths_of(pieces, is_whole=True) == {"": "", **told}
+    assert paths_of(pieces, is_whole=False) == told
+    inside = [h._replace(name=f"module.{h.name}") for h in pieces]
+    wrapped = {f"module.{path}": path for path in told}
+    whole = {"module": ""} if names else {"": ""}
+    assert paths_of(inside, is_whole=True) == {**whole, **wrapped}
+
+
+def _around(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
