@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from torch import Tensor
@@ -22,6 +20,7 @@ from parity.errors import RanksFailed
 from parity.ledger import SIZE
 from parity.plan import Plan
 from parity.run import Result, Session
+from parity.scratch import Scratch
 from parity.trace import CHECKS, Key, save_masks
 
 MOST = 4  # culprits that are told apart in one failure
@@ -120,8 +119,8 @@ class Investigator:
     ) -> _Look:
         """The first culprit besides those that are masked, and what is wrong of `decided`."""
         known = masks.keys() | others
-        with TemporaryDirectory(prefix="parity-") as folder:
-            path = Path(folder) / "masks.safetensors"
+        with Scratch() as folder:
+            path = folder / "masks.safetensors"
             if masks:
                 save_masks(masks, path)
             result = session.result(case, str(path) if masks else "", known)

@@ -14,7 +14,6 @@ import pickle
 import signal
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from parity import forkserver, slots
 from parity import rank as rank_side
 from parity.backend.settings import Settings
 from parity.errors import RanksFailed
+from parity.scratch import Scratch
 
 # Seconds that the others get to fail by themselves, or to end, once one rank has failed: what they
 # say about it (a closed connection, a wrong size) belongs into the report.
@@ -91,7 +91,7 @@ def launch_groups(
     backend = backend or Backend()
     needs = slots.hold(backend.device, world, len(groups), alone=backend.name == "nccl")
     # Waiting for slots is none of the deadline's time, and leaves nothing behind if it is ended.
-    with needs as environment, tempfile.TemporaryDirectory(prefix="parity-") as name:
+    with needs as environment, Scratch() as folder:
         ranks: list[_Rank] = []
         try:
             for place in range(len(groups) * world):
@@ -102,7 +102,7 @@ def launch_groups(
                     backend.name,
                     backend.device,
                     backend.deadline,
-                    str(Path(name) / f"group{group}"),
+                    str(folder / f"group{group}"),
                     backend.settings,
                     environment,
                     place,

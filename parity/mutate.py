@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from parity.backend import Rule, Settings, Tally, tally
@@ -38,6 +37,7 @@ from parity.plan import Plan, Wish
 from parity.prepare import prepare
 from parity.report import what_is_wrong
 from parity.run import verdicts, whole_of
+from parity.scratch import Scratch
 from parity.trace import Recording
 from parity.tracing import recording, trace_on_rank
 from parity.whole import on_one_thread
@@ -168,9 +168,9 @@ class Bench:
         """The ledgers of the case as it is. Raises Unclean when it is red."""
         self.baselines.prepare(self.case)
         start = time.perf_counter()
-        with TemporaryDirectory(prefix="parity-") as folder:
+        with Scratch() as folder:
             self._launch(folder, Settings(ledger=SIZE, order="place"), self.plan.backend.deadline)
-            found = recording(folder, 0, self.case.world)
+            found = recording(str(folder), 0, self.case.world)
             self.clean_seconds = time.perf_counter() - start
             red, _ = self._judge(found)
             if red is not None:
@@ -186,17 +186,17 @@ class Bench:
         settings = Settings(rules=(mutant.rule,), order="place")
         deadline = min(self.plan.backend.deadline, LEAST + PATIENCE * self.clean_seconds)
         try:
-            with TemporaryDirectory(prefix="parity-") as folder:
+            with Scratch() as folder:
                 done = self._launch(folder, settings, deadline)
-                red, near = self._judge(recording(folder, 0, self.case.world))
+                red, near = self._judge(recording(str(folder), 0, self.case.world))
             verdict, by, reason = _fate(done, red, near)
         except RanksFailed as error:
             verdict, by, reason = "killed", _cause(str(error)), str(error).splitlines()[0]
         return Fate(mutant, verdict, by, reason, done, time.perf_counter() - start)
 
-    def _launch(self, folder: str, settings: Settings, deadline: float) -> Tally:
+    def _launch(self, folder: Path, settings: Settings, deadline: float) -> Tally:
         backend = replace(self.plan.backend, settings=settings, deadline=deadline)
-        args = self.plan.target, self.run, folder, backend.device
+        args = self.plan.target, self.run, str(folder), backend.device
         ranks: list[Tally] = launch(_on_rank, self.case.world, *args, backend=backend)
         return Tally(
             sum(t.calls for t in ranks),

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from parity import ledger
 from parity.backend import take_ledger
@@ -14,6 +13,7 @@ from parity.case import Run
 from parity.errors import TraceError
 from parity.launcher import Backend, launch_groups
 from parity.plan import Target, resolve
+from parity.scratch import Scratch
 from parity.trace import Recording, Trace, load_masks
 
 
@@ -27,7 +27,8 @@ def record(
     """
     world = runs[0].case.world
     numbered = list(enumerate(runs))
-    with TemporaryDirectory(prefix="parity-") as folder:
+    with Scratch() as path:
+        folder = str(path)
         groups = [(target, numbered[i::lanes], folder, backend.device) for i in range(lanes)]
         launch_groups(trace_on_rank, world, groups, backend=backend)
         yield [recording(folder, i, world) for i in range(len(runs))]

@@ -39,7 +39,7 @@ ROWS = {
     "parity": [
         ["errors", "case", "cutting", "yaml_file", "arguments"],
         ["cases", "room"],
-        ["backend", "slots", "forkserver"],
+        ["backend", "slots", "forkserver", "scratch"],
         ["rank", "ledger", "bounds", "matrix_file", "strategies"],
         ["trace", "launcher", "mutants"],
         ["whole", "ranks", "script", "modules", "evidence"],

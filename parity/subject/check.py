@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +19,7 @@ from parity.launcher import Backend
 from parity.plan import Baseline, Packed, Plan, Wish, backend_for, room_for
 from parity.report import failure
 from parity.run import Result, Session
+from parity.scratch import Scratch
 from parity.subject import target as sides
 from parity.subject.data import entries
 from parity.subject.layout import Layout, layout_of
@@ -67,25 +63,21 @@ class Kept:
     """What baselines gave, for all cases that are held against the same one."""
 
     def __init__(self) -> None:
-        self._end: Callable[[], object] = lambda: None
+        self._scratch: Scratch | None = None
         self._sessions: dict[str, tuple[Baselines, Investigator]] = {}
 
     def folder(self, data: bytes) -> str:
         """One for each comparison, for what its baseline tells its candidates."""
-        path = Path(self._root) / hashlib.blake2b(data, digest_size=16).hexdigest()
+        # Made when it is needed: a case that a candidate asks on its rank has none.
+        self._scratch = self._scratch or Scratch()
+        path = self._scratch.path / hashlib.blake2b(data, digest_size=16).hexdigest()
         path.mkdir(exist_ok=True)
         return str(path)
 
-    @cached_property
-    def _root(self) -> str:
-        """Made when it is needed: a case that a candidate asks on its rank has none."""
-        root = tempfile.mkdtemp(prefix="parity-")
-        self._end = weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
-        return root
-
     def close(self) -> None:
         """Remove the folders: some processes end without cleaning up. No comparison comes after."""
-        self._end()
+        if self._scratch is not None:
+            self._scratch.close()
 
     def session(self, plan: Plan) -> tuple[Session, Investigator]:
         baseline = plan.baselines[0].target

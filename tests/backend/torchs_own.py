@@ -7,6 +7,7 @@ saw. Models and data are drawn from fixed seeds, in float64.
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 from collections.abc import Callable
 
@@ -197,6 +198,9 @@ def checkpoint() -> float:
     dcp.save({"x": distribute_tensor(x, mesh, [Shard(0)])}, checkpoint_id=folder[0])
     into = {"x": distribute_tensor(torch.zeros_like(x), mesh, [Shard(1)])}
     dcp.load(into, checkpoint_id=folder[0])
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
     return error(into["x"].full_tensor(), x)
 
 
