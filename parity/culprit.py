@@ -7,7 +7,7 @@ made from right inputs, by the code between the last right record and itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -281,30 +281,44 @@ def _piece_error(piece: Piece, e: Evidence) -> PieceError:
     return PieceError(piece.rank, at, piece.offset, tuple(piece.tensor.shape), error)
 
 
-def with_another(culprits: Sequence[Culprit], found: Culprit) -> list[Culprit]:
+def with_another(
+    culprits: Sequence[Culprit], found: Culprit, judged: Iterable[Key]
+) -> list[Culprit]:
     """And one that was found once these were put right. Autograd goes back through a forward as it
     was made: a wrong one has a wrong backward, though what it puts out was overwritten.
     """
-    path = pattern(found.verdict.key.name.partition(" of ")[2] or found.verdict.key.name)
-    known = all(fit.by in _PARTS or fit.kind in _PASSED_ON for fit in found.fits)
-    for i, c in enumerate(culprits):
-        inside = _piece_of_program(c)
-        is_back = found.verdict.key.check in ("backward", "gradient") and inside is not None
-        if is_back and known and f"{path}.".startswith(f"{inside}."):
-            theirs = c._replace(backward=[*c.backward, found])
-            return [*culprits[:i], theirs, *culprits[i + 1 :]]
+    seen = {_path(key) for key in judged if key.check == "activation"}
+    may_follow = all(fit.by in _PARTS or fit.kind in _PASSED_ON for fit in found.fits)
+    if found.verdict.key.check in ("backward", "gradient") and may_follow:
+        for i, c in enumerate(culprits):
+            is_forward = c.verdict.key.check == "activation"
+            if is_forward and _made_by(c.verdict.key, seen) == _made_by(found.verdict.key, seen):
+                theirs = c._replace(backward=[*c.backward, found])
+                return [*culprits[:i], theirs, *culprits[i + 1 :]]
     return [*culprits, found]
 
 
 _PASSED_ON = ("scaled", "rows scaled")  # from a forward that is off by a factor
 
 
-def _piece_of_program(c: Culprit) -> str | None:
-    """The module whose own code is to blame for what the forward made, if it is not the model."""
-    side, _, path = c.verdict.key.name.partition(" of ")
-    if c.verdict.key.check != "activation" or path == MODEL:
-        return None
-    return pattern(path if side == "output" else path.rpartition(".")[0]) or None
+def _path(key: Key) -> str:
+    path = key.name.partition(" of ")[2]
+    return "" if path == MODEL else path
+
+
+def _made_by(key: Key, seen: Collection[str]) -> str:
+    """The innermost module that was `seen` (recorded) whose own code makes this, of any layer."""
+    path = _path(key)
+    match key.check, key.name.partition(" of ")[0]:
+        case "gradient", _:
+            path = key.name.rpartition(".")[0]
+        case ("activation", "input") | ("backward", "output"):
+            if not path:
+                return "the caller"
+            path = path.rpartition(".")[0]
+    while path and path not in seen:
+        path = path.rpartition(".")[0]
+    return re.sub(r"\b\d+\b", "*", path)
 
 
 def pattern(name: str) -> str:

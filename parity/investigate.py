@@ -103,7 +103,7 @@ class Investigator:
                 others = others | (({v.key} | same) - decided)
                 look = self._look(session, case, decided, masks, others)
             else:
-                culprits = with_another(culprits, found)
+                culprits = with_another(culprits, found, look.order)
                 masks, look = masks | values, after
         if not culprits and begun.wrong and begun.culprit is not None:
             return [begun.culprit]  # it differs, whatever comes of putting it right

@@ -223,6 +223,8 @@ def another_added(e: Evidence) -> Iterator[Fit]:
     for name, other in e.others.items():
         if other.shape != off.shape or not (c := ratio(off, other)):
             continue
+        if is_close(other, e.want):  # its own value, under another name: that is a factor
+            continue
         whole = round(c) if abs(c) > 0.5 else 0
         if whole and abs(c - whole) < CLOSE and is_close(whole * other, off):
             times = "" if abs(whole) == 1 else f"{abs(whole)} times "

@@ -68,6 +68,13 @@ def mixed_rows(e: Evidence) -> Iterator[Fit]:
         weights = torch.linalg.lstsq(terms, sums, driver="gelsd").solution.T  # [parts, filled]
         mixed = (weights @ want[filled].flatten(1)).view(want.shape)
         left = e.residual((mixed + (got - mixed).mean((0, 1))).view(e.want.shape))
+        k = weights.diagonal().mean().item()
+        if is_close(weights, k * torch.eye(*weights.shape, dtype=weights.dtype)):
+            if left <= FITS < e.residual(k * e.want) and abs(k - 1) > CLOSE:
+                name = factor_text(k, e) or f"{k:.6g}"
+                text = f"but for one vector in all rows (a bias) it is {name} times the baseline"
+                yield Fit("scaled", text + why(k, e), left)
+            return
         said = mix_text(weights, filled.nonzero().flatten().tolist())
         if said and left <= FITS:
             yield Fit("mixed rows", f"of {count} parts of the batch ({name}, from 0), {said}", left)

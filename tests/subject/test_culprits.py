@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -130,17 +131,37 @@ BEHIND_MLP = "backward of input of 0.1.mlp"
     ],
 )
 def test_a_mistake_is_told_once(kept: Kept, wrong: str, culprits: list[str]) -> None:
-    def check() -> None:
-        torch.manual_seed(0)
-        case = TestCase(parity.Case({"tp": 2}), kept=kept)
-        case.check(net, lambda full, mesh: candidate(full, mesh, wrong), [torch.randn(2, 5, WIDTH)])
+    assert told(kept, net, candidate, wrong) == culprits
 
-    if not wrong:
-        check()
-        return
-    with pytest.raises(Differs) as caught:
-        check()
-    lines = [line.strip() for line in str(caught.value).splitlines()]
-    heads = ("culprit: ", "and, with that put right: ")
-    told = [line.removeprefix(head) for line in lines for head in heads if line.startswith(head)]
-    assert told == culprits, "\n".join(lines)
+
+@pytest.mark.parametrize(
+    ("wrong", "culprits"),
+    [
+        ("gelu", ["activation of output of the model"]),
+        ("no sum in mlp", ["activation of output of the model"]),
+        ("no sum behind mlp", ["backward of input of the model"]),
+    ],
+)
+def test_of_one_layer_alone_too(kept: Kept, wrong: str, culprits: list[str]) -> None:
+    assert told(kept, Mlp, layer, wrong) == culprits
+
+
+def layer(full: Mapping[str, Tensor], mesh: DeviceMesh, wrong: str) -> nn.Module:
+    made = Mlp()
+    made.load_state_dict(full)
+    return ParallelMlp(made, Parallel(mesh["tp"], wrong))
+
+
+def told(kept: Kept, baseline: Any, candidate: Any, wrong: str) -> list[str]:
+    """The culprits that the text names."""
+    torch.manual_seed(0)
+    case = TestCase(parity.Case({"tp": 2}), kept=kept)
+    try:
+        case.check(
+            baseline, lambda full, mesh: candidate(full, mesh, wrong), [torch.randn(2, 5, WIDTH)]
+        )
+    except Differs as differs:
+        lines = [line.strip() for line in str(differs).splitlines()]
+        heads = ("culprit: ", "and, with that put right: ")
+        return [line.removeprefix(h) for line in lines for h in heads if line.startswith(h)]
+    return []

@@ -15,6 +15,7 @@ from parity.culprit import (
     innermost,
     pattern,
     where,
+    with_another,
     worst,
 )
 from parity.evidence import Fit
@@ -109,6 +110,51 @@ def test_the_same_record_of_all_layers() -> None:
     assert pattern("output of blocks.11.mlp.down") == "output of blocks.*.mlp.down"
 
 
+def made(check: str, name: str, *fits: Fit) -> Culprit:
+    verdict = Verdict(Key(check, name), "bug")
+    return Culprit(Run(CASE, "float64", 1), verdict, "", [*fits], "", [verdict.key], [], [], [])
+
+
+SEEN = [
+    Key("activation", f"output of {path}") for path in ("the model", "b.0.attn", "b.1.attn", "c")
+]
+SEEN += [Key("activation", "input of b.1.attn.qkv"), Key("backward", "output of b.0.mlp")]
+SUM = Fit("not reduced", "...", axis="tp", by="unreduced")
+
+
+@pytest.mark.parametrize(
+    ("forward", "later", "is_same"),
+    [
+        ("output of b.0.attn", made("backward", "output of b.1.attn.qkv"), True),
+        ("input of b.0.attn.qkv", made("backward", "output of b.1.attn.qkv"), True),
+        ("output of b.0.attn", made("backward", "input of b.1.attn"), True),
+        ("output of b.0.attn", made("gradient", "b.1.attn.bias"), True),
+        ("output of b.0.attn", made("gradient", "b.1.attn.not_called.weight"), True),
+        ("output of b.0.attn", made("gradient", "b.1.attn.bias", Fit("scaled", "...")), True),
+        # Made by another module's code, in the forward too, or of a kind that no forward passes on.
+        ("output of b.0.attn", made("gradient", "b.1.attn.qkv.weight"), False),
+        ("output of b.0.attn", made("backward", "input of b.1.attn.qkv"), False),
+        ("output of b.0.attn", made("backward", "output of b.1.attn"), False),
+        ("output of b.0.attn", made("activation", "output of b.1.attn"), False),
+        ("output of b.0.attn", made("backward", "input of b.1.attn", SUM), False),
+        # The model's own code is between its modules.
+        ("output of the model", made("backward", "output of b.1.attn"), True),
+        ("output of the model", made("backward", "input of the model"), True),
+        ("output of the model", made("gradient", "input"), True),
+        ("output of the model", made("gradient", "b.1.mlp.weight"), True),
+        ("output of the model", made("gradient", "b.1.attn.bias"), False),
+        ("output of the model", made("backward", "output of the model"), False),
+        ("input of the model", made("backward", "output of b.1.attn"), False),
+    ],
+)
+def test_a_wrong_forward_has_a_wrong_backward(forward: str, later: Culprit, is_same: bool) -> None:
+    other, first = made("activation", "output of c"), made("activation", forward)
+    found = with_another([other, first], later, SEEN)
+    assert found == (
+        [other, first._replace(backward=[later])] if is_same else [other, first, later]
+    )
+
+
 def test_culprits_in_words() -> None:
     verdict = Verdict(
         Key("gradient", "w"), "bug", error=0.5, allowed=1e-13, place=(1,), got=2.0, want=1.0
@@ -134,6 +180,12 @@ def test_culprits_in_words() -> None:
         "and, with that put right: gradient of w",
         "  the gradient of w itself",
         "  no simple explanation fits",
+    ]
+    behind = made("backward", "input of a", Fit("scaled", "it is 3 times the baseline"))
+    assert lines([made("activation", "output of a")._replace(backward=[behind, culprit])])[2:] == [
+        "  no simple explanation fits",
+        "  its backward differs with it: backward of input of a (it is 3 times the baseline), "
+        "gradient of w (it is 2 (tp) times the baseline)",
     ]
     assert lines([]) == [
         "run again with everything recorded it agreed with the first baseline: it is not "

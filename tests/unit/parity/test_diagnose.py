@@ -334,6 +334,25 @@ def test_parts_of_the_batch_are_mixed() -> None:
     assert of(draw(8, 3, 4, seed=5), want, key, numbers=numbers) == []
 
 
+def test_a_factor_is_told_beside_a_bias_and_not_as_a_mixture() -> None:
+    key, want, bias = Key("activation", "output of a"), draw(8, 3, 4), draw(4, seed=1)
+    fit = only(of(2 * want, want, key, axes={"tp": 2}))
+    assert fit.text.startswith("it is 2 (tp) times the baseline: summed over tp once too often")
+    fit = only(of(2 * want + bias, want, key, axes={"tp": 2}))
+    assert (fit.kind, fit.text) == (
+        "scaled",
+        "but for one vector in all rows (a bias) it is 2 (tp) times the baseline: summed over tp "
+        "once too often, or not divided by it",
+    )
+
+
+def test_what_has_two_names_is_not_added_to_itself() -> None:
+    same = {"input of inner": WANT.clone(), "output of other": draw(6, 4, seed=3)}
+    key = Key("backward", "input of a")
+    assert only(of(2 * WANT, WANT, key, others=same)).kind == "scaled"
+    assert only(of(WANT + same["output of other"], WANT, key, others=same)).kind == "another's"
+
+
 def test_shards_that_were_added_up() -> None:
     want = draw(6, 4)
     total = want[:, :2] + want[:, 2:]
