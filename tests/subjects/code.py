@@ -14,7 +14,7 @@ from parity.case import Case
 from parity.cases import combinations_of
 
 MODULES = ("data_parallel", "sharded", "zero", "tensor_parallel", "pipelines", "llama")
-NEEDS = {"llama": "transformers"}  # what is not installed with the tests
+NEEDS = {"llama": ("transformers", "accelerate")}  # what is not installed with the tests
 FINDS = tuple(
     f"finds.{path.stem}"
     for path in sorted((Path(__file__).parent / "finds").glob("*.py"))
@@ -107,8 +107,8 @@ class Subject:
 
 def why_not(module: str) -> str:
     """What is not installed that the module needs; empty if it can be run."""
-    need = NEEDS.get(module)
-    return f"{need} is not installed" if need and find_spec(need) is None else ""
+    missing = [need for need in NEEDS.get(module, ()) if find_spec(need) is None]
+    return f"not installed: {', '.join(missing)}" if missing else ""
 
 
 def subjects(modules: Sequence[str] = MODULES) -> Iterator[Subject]:
