@@ -123,6 +123,7 @@ class TestCase:
         steps: int = 1,
         data: Mapping[str, int] | None = None,
         split: Mapping[str, int] | None = None,
+        zigzag: Sequence[str] = (),
         whole: Sequence[int | str] = (),
         output: Mapping[Any, Any] | None = None,
         layout: Mapping[str, Cuts] | None = None,
@@ -144,8 +145,11 @@ class TestCase:
 
         `data={"dp": 0}`: dim 0 of inputs and targets is cut over dp, and the candidate averages
         gradients over it (as DDP and FSDP do). `split={"cp": 1}`: dim 1 is cut over cp, and nothing
-        is averaged; inputs named in `whole` (places in the list, or names) are given to every rank
-        as they are. Where outputs lie is told by their shape; `output={-1: "tp"}` says it, and
+        is averaged; with `zigzag=["cp"]` rank r of n has parts r and 2n - 1 - r of 2n, as causal
+        attention is balanced. Inputs named in `whole` (places in the list, or names) are given to
+        every rank as they are.
+
+        Where outputs lie is told by their shape; `output={-1: "tp"}` says it, and
         `layout={"*.up.weight": {0: "tp"}}` where parameters lie that are not loaded as they are.
         `generic=False` leaves zeros and ones in the parameters.
 
@@ -161,6 +165,7 @@ class TestCase:
             optimizer,
             data or {},
             split or {},
+            zigzag,
             whole,
             _by_name(output or {}),
             layout or {},
@@ -171,7 +176,7 @@ class TestCase:
         objections = [*_objections(subject, self.case, steps), *_wrong_dtypes(dtypes)]
         if objections:
             raise UsageError(*objections)
-        own = replace(subject, candidate=None, output={}, layout={}, data={}, split={})  # type: ignore[arg-type]
+        own = replace(subject, candidate=None, output={}, layout={}, data={}, split={}, zigzag=())  # type: ignore[arg-type]
         folder = self.kept.folder(pack((own, steps), baseline, loss, optimizer))
         return self._result(
             pack(sides.Baseline(own, folder), baseline, loss, optimizer),
@@ -292,6 +297,12 @@ def _objections(subject: Subject, case: Case, steps: int) -> list[str]:
             for axis, dim in axes.items()
             if axis not in case.axes
         ]
+    said += [
+        f"zigzag=['{axis}']: nothing is cut over '{axis}'; say along which dim, as in "
+        f"split={{'{axis}': 1}}"
+        for axis in subject.zigzag
+        if axis not in {**subject.data, **subject.split}
+    ]
     if steps > 1 and subject.optimizer is None:
         said.append(f"steps={steps}: without an optimizer all steps are the same; give one")
     if said:
@@ -315,6 +326,8 @@ def _malformed(subject: Subject) -> str:
         return f"targets: expected a list of what the loss is called with, {example}"
     if not isinstance(subject.whole, list | tuple | set):
         return f"whole={subject.whole!r}: expected a list of places or names of inputs, as in [0]"
+    if not isinstance(subject.zigzag, list | tuple | set):
+        return f"zigzag={subject.zigzag!r}: expected a list of axes, as in ['cp']"
     return ""
 
 
@@ -324,11 +337,13 @@ def _uneven(subject: Subject, case: Case, where: str, x: Tensor) -> list[str]:
         if x.ndim and not -x.ndim <= dim < x.ndim:
             said.append(f"{where} has {x.ndim} dims, and no dim {dim} to cut")
             continue
-        parts = torch.Size([case.axes[axis] for axis in axes]).numel()
+        names = [f"2 x {axis}" if axis in subject.zigzag else axis for axis in axes]
+        twice = sum(axis in subject.zigzag for axis in axes)
+        parts = torch.Size([case.axes[axis] for axis in axes]).numel() * 2**twice
         if x.ndim and subject.loss is not None and x.shape[dim] % parts:
             said.append(
                 f"{where}: {x.shape[dim]} in dim {dim} cannot be shared evenly by "
-                f"{' x '.join(axes)} = {parts}: a mean of the ranks' means is not the mean"
+                f"{' x '.join(names)} = {parts}: a mean of the ranks' means is not the mean"
             )
     return said
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parity.bounds import nudge
 from parity.case import Run
-from parity.subject.placing import Axes, Cuts, share
+from parity.subject.placing import Axes, Cuts, shares, taken
 from parity.subject.program import Inputs, Subject, change, leaves
 
 Batch = tuple[Inputs, Sequence[Any]]  # inputs, targets
@@ -108,9 +108,7 @@ def own_targets(targets: Sequence[Any], subject: Subject, axes: Axes) -> list[An
 def _own(x: Tensor, cuts: Cuts, axes: Axes) -> Tensor:
     mine = x.detach()
     for dim, names in cuts.items() if x.ndim else ():
-        for axis in names:
-            start, length = share(mine.shape[dim], axes.sizes[axis], axes.at[axis], even=True)
-            mine = mine.narrow(dim, start, length)
+        mine = taken(mine, dim, shares(mine.shape[dim], names, axes, even=True))
     return mine.clone().requires_grad_(x.requires_grad)
 
 

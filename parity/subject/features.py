@@ -8,20 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import NamedTuple
 
 from torch import nn
 
 from parity.subject.alignment import Held
-
-
-class Stretch(NamedTuple):
-    """So many features that follow each other: from where on in the whole, and in what is held."""
-
-    whole: int
-    held: int
-    length: int
-
+from parity.subject.placing import Stretch
 
 Features = Mapping[tuple[str, bool], Sequence[Stretch]]  # by the module's path; of its input?
 

@@ -9,17 +9,19 @@ from torch import Tensor
 from parity.errors import TraceError
 from parity.modules import MODEL, Placed, Seen
 from parity.subject.alignment import local
-from parity.subject.features import Features, Stretch
+from parity.subject.features import Features
 from parity.subject.placing import (
     Axes,
     Cuts,
     Place,
+    Stretch,
     Unplaced,
     as_dtensor,
     by_shape,
     cut,
+    everything,
     of_dtensor,
-    share,
+    shares,
 )
 
 Shapes = Mapping[tuple[str, str], Sequence[int]]  # of wholes, by check and name
@@ -54,10 +56,10 @@ class Places:
         """Raises TraceError where it cannot be told."""
         size = tuple(local(tensor).shape)
         if self.shapes is None:
-            return Place(size, (0,) * len(size))
+            return everything(size)
         whole = self.shapes.get((check, name))
         if whole is None:
-            return Place(size, (0,) * len(size))  # an `extra` record, for the judge
+            return everything(size)  # an `extra` record, for the judge
         try:
             return self._of(tuple(whole), name, tensor, self._word(check, name))
         except Unplaced as problem:
@@ -82,9 +84,8 @@ class Places:
                 raise Unplaced(f"it is a DTensor of {place.shape}, and the baseline's is {whole}")
             return place
         if word:
-            start = Place(whole, (0,) * len(whole))
             cuts = {dim % len(whole): names for dim, names in word.items()}
-            return Place(whole, cut(start, size, cuts, self.axes))
+            return cut(everything(whole), size, cuts, self.axes)
         return by_shape(whole, size, self.axes, self.inputs)
 
     def path_of(self, path: str) -> str | None:
@@ -104,8 +105,10 @@ class Places:
             place = self._seen(tuple(whole), seen)
         except Unplaced:
             return None
-        boxes = [((*place.offset[:-1], s.whole), _narrow(s)) for s in stretches]
-        return Placed(place.shape, boxes or [(place.offset, local)], self.times)
+        if stretches:
+            place = place._replace(dims=(*place.dims[:-1], tuple(stretches)))
+        boxes = [(offset, _part(slices)) for offset, slices in place.boxes]
+        return Placed(place.shape, boxes, self.times)
 
     def _stretches(self, whole: Sequence[int], seen: Seen) -> Sequence[Stretch]:
         """The features that this rank has, if its parameters tell it."""
@@ -129,20 +132,18 @@ class Places:
             raise Unplaced("it has seen all rows before")
         self._done[seen.name] = (done + len(x), length)
         inner = by_shape((len(x), *whole[1:]), tuple(x.shape), self.axes, self.inputs)
-        return Place(whole, (start + done, *inner.offset[1:]))
+        return Place(whole, ((Stretch(start + done, 0, len(x)),), *inner.dims[1:]))
 
     def _own_rows(self, length: int, rows: int) -> tuple[int, int]:
         """This rank's part of the batch, of which every row may have become several."""
         if length % rows:
             raise Unplaced("its rows are not those of the batch")
-        start, left = 0, rows
         over = self.inputs.get(0, ())
-        for axis in (over,) if isinstance(over, str) else over:
-            sizes, at = self.axes
-            inner, left = share(left, sizes[axis], at[axis], even=True)
-            start += inner
+        own = shares(rows, (over,) if isinstance(over, str) else over, self.axes, even=True)
+        if len(own) > 1:
+            raise Unplaced("its rows do not follow each other")
         times = length // rows
-        return start * times, left * times
+        return own[0].whole * times, own[0].length * times
 
     @property
     def incomplete(self) -> set[str]:
@@ -150,5 +151,5 @@ class Places:
         return {name for name, (done, length) in self._done.items() if done < length}
 
 
-def _narrow(stretch: Stretch) -> Callable[[Tensor], Tensor]:
-    return lambda x: x.narrow(-1, stretch.held, stretch.length)
+def _part(slices: tuple[slice, ...]) -> Callable[[Tensor], Tensor]:
+    return lambda x: local(x)[slices]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, product
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from parity.cutting import chunk, spans, tensor_split
@@ -16,18 +17,62 @@ if TYPE_CHECKING:
 Cuts = Mapping[int, str | Sequence[str]]  # dim of a tensor -> the axis it is cut over, or axes
 
 
+class Stretch(NamedTuple):
+    """So many places of a dim that follow each other: from where on in the whole, and in what a
+    rank has.
+    """
+
+    whole: int
+    held: int
+    length: int
+
+
 class Place(NamedTuple):
-    """A rank's part of a whole of `shape`: from `offset` on."""
+    """A rank's part of a whole of `shape`: of every dim the stretches that it has, in its order."""
 
     shape: tuple[int, ...]
-    offset: tuple[int, ...]
+    dims: tuple[tuple[Stretch, ...], ...]
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        """Where its first element lies."""
+        return tuple(stretches[0].whole for stretches in self.dims)
+
+    @property
+    def boxes(self) -> list[tuple[tuple[int, ...], tuple[slice, ...]]]:
+        """The offset of each in the whole, and where it is in what the rank has."""
+        return [
+            (
+                tuple(s.whole for s in box),
+                tuple(slice(s.held, s.held + s.length) for s in box),
+            )
+            for box in product(*self.dims)
+        ]
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        for dim, stretches in enumerate(self.dims):
+            whole = taken(whole, dim, stretches)
+        return whole
+
+
+def place_at(shape: Sequence[int], offset: Sequence[int], size: Sequence[int]) -> Place:
+    """Of one box."""
+    dims = zip(offset, size, strict=True)
+    return Place(tuple(shape), tuple((Stretch(start, 0, length),) for start, length in dims))
+
+
+def everything(shape: Sequence[int]) -> Place:
+    return place_at(shape, [0] * len(shape), shape)
 
 
 class Axes(NamedTuple):
-    """The mesh as one rank sees it: the size of each axis, and its own coordinate."""
+    """The mesh as one rank sees it: the size of each axis, and its own coordinate. Rank r of n on
+    an axis of `zigzag` has parts r and 2n - 1 - r of 2n, as causal attention is balanced.
+    """
 
     sizes: Mapping[str, int]
     at: Mapping[str, int]
+    zigzag: Collection[str] = ()
 
 
 class Unplaced(Exception):
@@ -40,9 +85,48 @@ def share(length: int, parts: int, index: int, *, even: bool = False) -> tuple[i
     return span.start, len(span)
 
 
-def cut(place: Place, size: Sequence[int], cuts: Cuts, axes: Axes) -> tuple[int, ...]:
-    """The offset of a piece of `size`, if `cuts` say over which axes its dims are cut."""
-    offset = list(place.offset)
+def shares(length: int, names: Sequence[str], axes: Axes, *, even: bool) -> tuple[Stretch, ...]:
+    """What this rank has of so much, cut over these axes one after the other."""
+    found: tuple[Stretch, ...] = (Stretch(0, 0, length),)
+    for axis in names:
+        left, n, r = sum(s.length for s in found), axes.sizes[axis], axes.at[axis]
+        if axis in axes.zigzag:
+            parts = [share(left, 2 * n, i, even=even) for i in (r, 2 * n - 1 - r)]
+        else:
+            parts = [share(left, n, r, even=even)]
+        found = _joined(s for part in parts for s in _within(found, *part))
+    return found
+
+
+def _within(stretches: Sequence[Stretch], start: int, length: int) -> Iterator[Stretch]:
+    """The part of what is held that begins at `start`."""
+    for s in stretches:
+        first, end = max(start, s.held), min(start + length, s.held + s.length)
+        if first < end or length == 0:
+            yield Stretch(s.whole + first - s.held, 0, max(0, end - first))
+
+
+def _joined(stretches: Iterable[Stretch]) -> tuple[Stretch, ...]:
+    """One after the other, those that follow each other in the whole as one."""
+    found: list[Stretch] = []
+    for s in stretches:
+        if found and found[-1].whole + found[-1].length == s.whole:
+            found[-1] = found[-1]._replace(length=found[-1].length + s.length)
+        else:
+            held = found[-1].held + found[-1].length if found else 0
+            found.append(s._replace(held=held))
+    return tuple(found)
+
+
+def taken(whole: Tensor, dim: int, stretches: Sequence[Stretch]) -> Tensor:
+    """These of a dim; a copy where there are several."""
+    parts = [whole.narrow(dim, s.whole, s.length) for s in stretches]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def cut(place: Place, size: Sequence[int], cuts: Cuts, axes: Axes) -> Place:
+    """That of a piece of `size`, if `cuts` say over which axes its dims are cut."""
+    dims = list(place.dims)
     for dim, names in cuts.items():
         found = _along(place.shape[dim], size[dim], _tuple(names), axes)
         if found is None:
@@ -50,8 +134,8 @@ def cut(place: Place, size: Sequence[int], cuts: Cuts, axes: Axes) -> tuple[int,
                 f"dim {dim} of {place.shape[dim]} cut over {', '.join(_tuple(names))} is not "
                 f"{size[dim]} long on this rank"
             )
-        offset[dim] = found
-    return tuple(offset)
+        dims[dim] = found
+    return place._replace(dims=tuple(dims))
 
 
 def by_shape(
@@ -65,32 +149,34 @@ def by_shape(
     shape, size = tuple(shape), tuple(size)
     if len(shape) != len(size):
         raise Unplaced(f"it has {len(size)} dims, and the baseline's {len(shape)}")
-    offset = tuple(
-        0 if size[dim] == shape[dim] else _start(shape, size, dim, axes, first or {})
+    dims = [
+        (Stretch(0, 0, size[dim]),)
+        if size[dim] == shape[dim]
+        else _cut_of(shape, size, dim, axes, first or {})
         for dim in range(len(shape))
-    )
-    return Place(shape, offset)
+    ]
+    return Place(shape, tuple(dims))
 
 
-def _start(
+def _cut_of(
     shape: tuple[int, ...],
     size: tuple[int, ...],
     dim: int,
     axes: Axes,
     known: Cuts,
-) -> int:
-    """Where in `dim` it begins, by the axis or the fewest axes that explain its size."""
+) -> tuple[Stretch, ...]:
+    """What it has of `dim`, by the axis or the fewest axes that explain its size."""
     own = _tuple(known.get(dim, ()))
-    if own and (start := _along(shape[dim], size[dim], own, axes, INPUTS)) is not None:
-        return start
+    if own and (part := _along(shape[dim], size[dim], own, axes, INPUTS)) is not None:
+        return part
     # An axis cuts one dim of a tensor: that of the inputs' cuts, if it is in them.
     taken = {axis for other, names in known.items() if other != dim for axis in _tuple(names)}
     names = [axis for axis, n in axes.sizes.items() if n > 1 and axis not in taken]
     for count in range(1, len(names) + 1):
         found = {
-            chosen: start
+            chosen: part
             for chosen in combinations(names, count)
-            if (start := _along(shape[dim], size[dim], chosen, axes)) is not None
+            if (part := _along(shape[dim], size[dim], chosen, axes)) is not None
         }
         if len(found) > 1:
             raise Unplaced(
@@ -107,15 +193,12 @@ OTHERS, INPUTS = (False, True), (True, False)  # as DTensor cuts, and as parity 
 
 def _along(
     whole: int, length: int, names: Sequence[str], axes: Axes, ways: Sequence[bool] = OTHERS
-) -> int | None:
-    """Where a part of this length starts, cut over these axes one after the other."""
+) -> tuple[Stretch, ...] | None:
+    """A part of this length, cut over these axes one after the other."""
     for even in ways:
-        start, left = 0, whole
-        for axis in names:
-            inner, left = share(left, axes.sizes[axis], axes.at[axis], even=even)
-            start += inner
-        if left == length:
-            return start
+        part = shares(whole, names, axes, even=even)
+        if sum(s.length for s in part) == length:
+            return part
     return None
 
 
@@ -145,5 +228,5 @@ def of_dtensor(tensor: DTensor) -> Place:
             f"it is a DTensor with a sum over {over} still to be made (Partial): end in "
             ".redistribute(placements=...) or .full_tensor()"
         )
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
-    return Place(tuple(tensor.shape), tuple(offset))
+    size, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    return place_at(tensor.shape, offset, size)

@@ -75,6 +75,7 @@ class Subject:
     optimizer: Callable[[Any], Optimizer] | None = None
     data: Mapping[str, int] = field(default_factory=dict)
     split: Mapping[str, int] = field(default_factory=dict)
+    zigzag: Sequence[str] = ()  # axes over which each rank has two parts (see placing.Axes)
     whole: Sequence[int | str] = ()  # inputs that are not cut: places in `inputs`, or names
     output: Mapping[str, Cuts] = field(default_factory=dict)  # by name; "": of all others
     layout: Mapping[str, Cuts] = field(default_factory=dict)

@@ -26,7 +26,7 @@ from parity.subject.alignment import Box, Held, Part, Wholes, align
 from parity.subject.features import features_of
 from parity.subject.paths import paths_of
 from parity.subject.places import Places, Shapes
-from parity.subject.placing import Axes, Place, Unplaced, cut
+from parity.subject.placing import Axes, Unplaced, cut, everything
 from parity.subject.program import Program, Subject, as_program, make_generic
 from parity.subject.training import Side, train
 from parity.trace import Trace
@@ -96,7 +96,8 @@ class Candidate:
 
     def _axes(self, run: Run) -> Axes:
         at = self.mesh(run).get_coordinate() or ()
-        return Axes(dict(run.case.axes), dict(zip(run.case.axes, at, strict=True)))
+        own = dict(zip(run.case.axes, at, strict=True))
+        return Axes(dict(run.case.axes), own, self.subject.zigzag)
 
     def _program(self, full: Mapping[str, Tensor], run: Run) -> Program:
         torch.manual_seed(run.seed)
@@ -178,12 +179,12 @@ def _cut_as_told(held: Held, cuts: Mapping[int, Any], wholes: Wholes, axes: Axes
     if shape is None:
         raise TraceError(f"layout of {held.name}: the baseline has no parameter of this name")
     try:
-        offset = cut(Place(shape, (0,) * len(shape)), held.shape, cuts, axes)
+        place = cut(everything(shape), held.shape, cuts, axes)
     except Unplaced as problem:
         raise TraceError(f"layout of {held.name}: {problem}") from problem
     positions = torch.arange(prod(held.shape)).reshape(held.shape)
-    part = Part(wholes.alias[held.name], shape, [Box(offset, positions)])
-    return held._replace(parts=[part])
+    boxes = [Box(offset, positions[slices]) for offset, slices in place.boxes]
+    return held._replace(parts=[Part(wholes.alias[held.name], shape, boxes)])
 
 
 def _same(a: list[Part], b: list[Part]) -> bool:

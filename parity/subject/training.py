@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from parity.case import Run
 from parity.errors import TraceError
-from parity.evidence import box_of
 from parity.modules import MODEL, record_modules
 from parity.subject.alignment import Part, local
 from parity.subject.data import Batch, called
@@ -110,7 +109,7 @@ def _cotangent(side: Side, name: str, y: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     whole = torch.randn(place.shape, generator=generator, dtype=torch.float32)
     whole = whole.to(side.subject.start).to(y.device, y.dtype)
-    piece = box_of(whole, place.offset, local(y).shape)
+    piece = place.part_of(whole)
     if (whole_y := as_dtensor(y)) is None:
         return piece
     return type(whole_y).from_local(
@@ -178,7 +177,9 @@ def _pieces(side: Side, check: str, prefix: str, name: str, tensor: Tensor) -> N
 
 def _whole_or_piece(side: Side, check: str, name: str, tensor: Tensor, times: int = 1) -> None:
     place = side.places.of(check, name, tensor)
-    side.trace.add(check, name, local(tensor), shape=place.shape, offset=place.offset, times=times)
+    for offset, slices in place.boxes:
+        piece = local(tensor)[slices]
+        side.trace.add(check, name, piece, shape=place.shape, offset=offset, times=times)
 
 
 def _try_out(side: Side, inputs: Inputs, targets: Sequence[Any]) -> bool:

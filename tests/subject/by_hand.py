@@ -97,6 +97,26 @@ class ContextParallelAttention(Attention):
         return self.joined(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
+class ZigzagAttention(ContextParallelAttention):
+    """Each rank has a part from the front of the sequence and one from its end: equal work."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        q, k, v = self.heads(x_BTD)
+        n, half = dist.get_world_size(self.group), q.shape[2] // 2
+        at = [[r * half + i for i in range(half)] for r in range(2 * n)]
+        places_R = [torch.tensor(at[r] + at[2 * n - 1 - r]) for r in range(n)]
+        order = torch.cat(places_R)
+        if self.wrong != "keys in the order of the ranks":
+            order = order.argsort()
+        k = GatherContext.apply(k, self.group, self.wrong)[:, :, order]
+        v = GatherContext.apply(v, self.group, self.wrong)[:, :, order]
+        mine = places_R[self.rank]
+        if self.wrong == "places as if contiguous":
+            mine = 2 * half * self.rank + torch.arange(2 * half)
+        mask = torch.arange(k.shape[2]) <= mine[:, None]
+        return self.joined(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
 class Experts(nn.Module):
     """Each token goes to its best expert, and is weighted by the router's word."""
 

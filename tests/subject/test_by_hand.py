@@ -16,6 +16,7 @@ from tests.subject.by_hand import (
     ExpertParallel,
     Experts,
     VocabParallelEmbedding,
+    ZigzagAttention,
 )
 
 
@@ -37,6 +38,14 @@ def check(kept: Kept, axis: str, size: int, wrong: str = "") -> None:
                 [x],
                 split={"cp": 1},
             )
+        case "zigzag":
+            case.check(
+                Attention,
+                lambda full, mesh: ZigzagAttention(full, mesh["zigzag"], wrong),
+                [x],
+                split={"zigzag": 1},
+                zigzag=["zigzag"],
+            )
         case "ep":
             case.check(
                 Experts,
@@ -47,7 +56,8 @@ def check(kept: Kept, axis: str, size: int, wrong: str = "") -> None:
 
 
 @pytest.mark.parametrize(
-    ("axis", "size"), [("tp", 3), ("tp", 4), ("cp", 2), ("cp", 4), ("ep", 2), ("ep", 4)]
+    ("axis", "size"),
+    [(axis, size) for axis in ("cp", "zigzag", "ep") for size in (2, 4)] + [("tp", 3), ("tp", 4)],
 )
 def test_a_right_layer_passes(kept: Kept, axis: str, size: int) -> None:
     check(kept, axis, size)
@@ -59,6 +69,9 @@ def test_a_right_layer_passes(kept: Kept, axis: str, size: int) -> None:
         ("tp", "not masked", "first divergence: forward of output"),
         ("cp", "no sum in backward", "culprit: backward of output of qkv"),
         ("cp", "mask of the first part", "only the pieces of rank 1 differ (cp=1)"),
+        ("zigzag", "no sum in backward", "culprit: backward of output of qkv"),
+        ("zigzag", "keys in the order of the ranks", "culprit: activation of input of out"),
+        ("zigzag", "places as if contiguous", "culprit: activation of input of out"),
         (
             "ep",
             "router not summed",

@@ -276,12 +276,14 @@ def test_mistakes_of_the_user_are_told_before_a_rank_starts(case: Callable[..., 
             [torch.randn(4, 8)],
             data={"dp": 0},
             split={"cp": 1},
+            zigzag=["tp"],
             steps=2,
             dtypes=["float31"],
         )
     assert str(caught.value).splitlines() == [
         "data={'dp': 0}: the case has no axis 'dp' (it has tp)",
         "split={'cp': 1}: the case has no axis 'cp' (it has tp)",
+        "zigzag=['tp']: nothing is cut over 'tp'; say along which dim, as in split={'tp': 1}",
         "steps=2: without an optimizer all steps are the same; give one",
         "dtypes: 'float31' is none (known: float64, float32, bfloat16, float16)",
     ]
@@ -289,6 +291,12 @@ def test_mistakes_of_the_user_are_told_before_a_rank_starts(case: Callable[..., 
         case(tp=2).check(mlp, ddp, torch.randn(3, 8))
     with pytest.raises(parity.UsageError, match=r"inputs has 2 dims, and no dim 2 to cut"):
         case(tp=2).check(mlp, ddp, [torch.randn(3, 8)], split={"tp": 2})
+    with pytest.raises(parity.UsageError, match=r"^zigzag='tp': expected a list of axes, as in"):
+        case(tp=2).check(mlp, ddp, [torch.randn(3, 8)], split={"tp": 1}, zigzag="tp")
+    with pytest.raises(
+        parity.UsageError, match=r"6 in dim 0 cannot be shared evenly by 2 x dp = 4"
+    ):
+        case(dp=2).check(mlp, ddp, **step_of(), zigzag=["dp"])
     with pytest.raises(parity.UsageError) as caught:
         case(dp=4).check(mlp, ddp, **step_of())
     assert str(caught.value) == (

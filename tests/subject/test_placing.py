@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -13,7 +14,16 @@ from parity.modules import Seen
 from parity.subject.alignment import Held, Part
 from parity.subject.paths import paths_of
 from parity.subject.places import Places
-from parity.subject.placing import Axes, Place, Unplaced, by_shape, cut, share
+from parity.subject.placing import (
+    Axes,
+    Unplaced,
+    by_shape,
+    cut,
+    everything,
+    place_at,
+    share,
+    shares,
+)
 from parity.trace import Trace
 
 
@@ -48,7 +58,7 @@ def test_a_cut_over_one_axis_is_found_by_the_shape(
 
 def test_two_dims_over_two_axes() -> None:
     here = axes({"dp": 1, "tp": 2}, dp=2, tp=4)
-    assert by_shape((8, 5, 16), (4, 5, 4), here) == Place((8, 5, 16), (4, 0, 8))
+    assert by_shape((8, 5, 16), (4, 5, 4), here) == place_at((8, 5, 16), (4, 0, 8), (4, 5, 4))
 
 
 def test_one_dim_over_two_axes_is_cut_by_the_first_of_them_first() -> None:
@@ -100,10 +110,39 @@ def test_an_axis_that_cuts_the_inputs_along_one_dim_explains_no_other() -> None:
 
 def test_a_cut_by_word_is_held_against_the_shape() -> None:
     here = axes({"tp": 1}, tp=2)
-    whole = Place((8, 6), (0, 0))
-    assert cut(whole, (8, 3), {1: "tp"}, here) == (0, 3)
+    whole = everything((8, 6))
+    assert cut(whole, (8, 3), {1: "tp"}, here) == place_at((8, 6), (0, 3), (8, 3))
     with pytest.raises(Unplaced, match="dim 0 of 8 cut over tp is not 8 long on this rank"):
         cut(whole, (8, 3), {0: "tp"}, here)
+
+
+@given(st.integers(0, 40), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.data())
+def test_parts_that_go_zigzag_tile_a_length(
+    length: int, cp: int, tp: int, even: bool, data: st.DataObject
+) -> None:
+    """Whichever of two axes goes zigzag, and in whatever order they cut."""
+    zigzag = data.draw(st.sets(st.sampled_from(["cp", "tp"])))
+    names = data.draw(st.permutations(["cp", "tp"]))
+    whole, held = torch.arange(length), []
+    for c, t in itertools.product(range(cp), range(tp)):
+        here = Axes({"cp": cp, "tp": tp}, {"cp": c, "tp": t}, zigzag)
+        stretches = shares(length, names, here, even=even)
+        place = everything((length,))._replace(dims=(stretches,))
+        mine = place.part_of(whole)
+        for offset, slices in place.boxes:
+            assert mine[slices].tolist() == [*range(offset[0], offset[0] + len(mine[slices]))]
+        held += mine.tolist()
+    assert sorted(held) == [*range(length)]
+
+
+def test_zigzag_gives_each_rank_a_part_from_both_ends() -> None:
+    def of(r: int, n: int) -> list[int]:
+        here = Axes({"cp": n}, {"cp": r}, ["cp"])
+        place = by_shape((12,), (12 // n,), here)
+        return place.part_of(torch.arange(12)).tolist()
+
+    assert [of(r, 3) for r in range(3)] == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
+    assert of(0, 1) == [*range(12)]
 
 
 def test_every_product_of_axes_is_explained() -> None:
