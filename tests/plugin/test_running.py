@@ -204,7 +204,7 @@ def test_what_is_said_of_every_kind_of_end(
 
         def pytest_sessionfinish(session):
             kept = session.config.stash[SHARED].kept
-            print("\\nsessions", len(kept._sessions), "folder", kept._root)
+            print("\\nsessions", len(kept._sessions), "folder", kept.folder(b"probe"))
             print("seed restored:", torch.initial_seed() == START)
         """
     )
@@ -263,7 +263,7 @@ def pytest_sessionfinish(session):
 
     shared = session.config.stash[SHARED]
     if hasattr(session.config, "workerinput") and shared.gpus == 2 and "kept" in vars(shared):
-        pathlib.Path("kept").write_text(shared.kept._root)
+        pathlib.Path("kept").write_text(shared.kept.folder(b"probe"))
 """
 
 
