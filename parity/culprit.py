@@ -7,7 +7,7 @@ made from right inputs, by the code between the last right record and itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -111,7 +111,8 @@ def innermost(
         if other.key.check != verdict.key.check or other.error != verdict.error:
             break
         names.append(other.key)
-        if side == "input" and Key("backward", f"output of {path}") in good:
+        agrees = Key("backward", f"output of {path}") in good
+        if side == "input" and agrees and other.key.check == "backward":
             chosen = other
     return names, chosen
 
@@ -188,9 +189,10 @@ def fused(key: Key, before: Sequence[Verdict], recording: Recording) -> list[Fit
     if key.check != "activation" or not key.name.startswith("input of ") or not before:
         return []
     last = before[-1].key
-    boxes = [(p.rank, p.offset[-1], p.tensor.shape[-1]) for p in recording.pieces(last)]
-    starts = {start for _, start, _ in boxes}
-    if len(starts) < 2 or len({(rank, start) for rank, start, _ in boxes}) > len(starts):
+    (width, *_), (wanted, *_) = ({s[-1] for s in recording.shapes(k)} for k in (last, key))
+    boxes = {(p.rank, p.offset[-1]) for p in recording.pieces(last)}
+    starts = {start for _, start in boxes}
+    if width <= wanted or len(starts) < 2 or len(boxes) > len({rank for rank, _ in boxes}):
         return []
     text = (
         f"{last.name.partition(' of ')[2]} before it is cut in one piece per rank: if several "
@@ -282,23 +284,47 @@ def _piece_error(piece: Piece, e: Evidence) -> PieceError:
 
 
 def with_another(
-    culprits: Sequence[Culprit], found: Culprit, judged: Iterable[Key]
+    culprits: Sequence[Culprit], found: Culprit, judged: Sequence[Key]
 ) -> list[Culprit]:
     """And one that was found once these were put right. Autograd goes back through a forward as it
     was made: a wrong one has a wrong backward, though what it puts out was overwritten.
     """
-    seen = {_path(key) for key in judged if key.check == "activation"}
-    may_follow = all(fit.by in _PARTS or fit.kind in _PASSED_ON for fit in found.fits)
-    if found.verdict.key.check in ("backward", "gradient") and may_follow:
-        for i, c in enumerate(culprits):
-            is_forward = c.verdict.key.check == "activation"
-            if is_forward and _made_by(c.verdict.key, seen) == _made_by(found.verdict.key, seen):
-                theirs = c._replace(backward=[*c.backward, found])
-                return [*culprits[:i], theirs, *culprits[i + 1 :]]
+    for i, c in enumerate(culprits):
+        factors = {f.text for other in (*c.backward, found) for f in other.fits[:1] if not f.of}
+        may_follow = all(f.by in _PARTS or f.kind in _PASSED_ON or f.of for f in found.fits)
+        if may_follow and len(factors) <= 1 and _is_behind(found, c, judged):
+            theirs = c._replace(backward=[*c.backward, found])
+            return [*culprits[:i], theirs, *culprits[i + 1 :]]
     return [*culprits, found]
 
 
 _PASSED_ON = ("scaled", "rows scaled")  # from a forward that is off by a factor
+
+
+def _is_behind(found: Culprit, c: Culprit, judged: Sequence[Key]) -> bool:
+    """Whether it is of the backward of what made `c` in the forward, of whichever layer."""
+    key = found.verdict.key
+    forward = [k for k in judged if k.check == "activation"]
+    seen = {_path(k) for k in forward}
+    owner = _made_by(key, seen)
+    if c.verdict.key.check != "activation" or key.check not in ("backward", "gradient"):
+        return False
+    if any_layer(owner) != any_layer(_made_by(c.verdict.key, seen)):
+        return False
+    sides = [(k, k._replace(check="backward")) for k in forward]
+    own = [
+        k.name for k, back in sides if owner in (_path(k), *(_made_by(x, seen) for x in (k, back)))
+    ]
+    alike = [name for name in own if any_layer(name) == any_layer(c.verdict.key.name)]
+    if key.check == "gradient" or key.name not in own or not alike:
+        return True
+    here, there = own.index(key.name), own.index(alike[-1])
+    if key.name.startswith("output of "):
+        return here < there
+    # What its module takes in is used in front of its other modules, and where that can be seen.
+    names = [k.name for k in forward]
+    between = names[names.index(key.name) + 1 : names.index(alike[-1]) + 1]
+    return here + 1 == there or any(fit.of in between for fit in found.fits)
 
 
 def _path(key: Key) -> str:
@@ -307,7 +333,7 @@ def _path(key: Key) -> str:
 
 
 def _made_by(key: Key, seen: Collection[str]) -> str:
-    """The innermost module that was `seen` (recorded) whose own code makes this, of any layer."""
+    """The innermost module that was `seen` (recorded) whose own code makes this."""
     path = _path(key)
     match key.check, key.name.partition(" of ")[0]:
         case "gradient", _:
@@ -318,11 +344,17 @@ def _made_by(key: Key, seen: Collection[str]) -> str:
             path = path.rpartition(".")[0]
     while path and path not in seen:
         path = path.rpartition(".")[0]
-    return re.sub(r"\b\d+\b", "*", path)
+    return path
 
 
-def pattern(name: str) -> str:
+def any_layer(name: str) -> str:
+    return re.sub(r"\b\d+\b", "*", name)
+
+
+def pattern(key: Key) -> str:
     """`output of blocks.*.mlp.down`: the same record of all layers of a kind. Other digits are part
     of a name, as in `ln_1`, and the children of one module are not of a kind.
     """
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    start, of, path = key.name.rpartition(" of ")
+    path, dot, leaf = path.rpartition(".") if key.check not in DETAILS else (path, "", "")
+    return start + of + re.sub(r"(?<![^.])\d+(?=\.)", "*", path) + dot + leaf

@@ -55,7 +55,8 @@ def diagnose(e: Evidence) -> list[Fit]:
         return _fits(mistakes.last_bits, e)
     for several in (EXPLANATIONS, PARTS):
         if fits := [fit for explain in several for fit in _fits(explain, e)]:
-            return fits
+            is_one_factor = any(fit.by == mistakes.scaled.__name__ for fit in fits)
+            return [fit for fit in fits if not is_one_factor or fit.kind != "rows scaled"]
     return []
 
 

@@ -56,7 +56,7 @@ class Evidence(NamedTuple):
 
 class Fit(NamedTuple):
     """`kind` is for programs, `text` for readers; `axis`: over which a reduction is missing; `by`:
-    the explanation that found it.
+    the explanation that found it; `of`: the other record that the difference is made of.
     """
 
     kind: str
@@ -64,6 +64,7 @@ class Fit(NamedTuple):
     residual: float = 0.0
     axis: str = ""
     by: str = ""
+    of: str = ""
 
 
 def ratio(a: Tensor, b: Tensor) -> float:

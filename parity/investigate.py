@@ -24,7 +24,8 @@ from parity.scratch import Scratch
 from parity.trace import CHECKS, Key, save_masks
 
 MOST = 4  # culprits that are told apart in one failure
-LOOKS = 3 * MOST  # some find what is no culprit
+LOOKS = 6 * MOST  # some find what is no culprit
+MATTERS = 0.01  # of an error that an overwritten record has changed
 MASKED = ("activation", "backward", "gradient")  # what the program computes on from
 WRONG = ("bug", "split", "drift", "nan")  # what a right value can take the place of
 
@@ -34,7 +35,7 @@ class _Look(NamedTuple):
 
     culprit: Culprit | None  # the first one
     order: Sequence[Key]  # of all that was judged, as the program made it
-    bad: Set[Key]  # what differs
+    bad: Mapping[Key, float]  # what differs, and by how much
     wrong: Set[Key]  # of what the verdict was on
 
 
@@ -72,7 +73,7 @@ class Investigator:
         look = self._look(session, case, decided, {}, set())
         others: Set[Key] = set()
         if not look.wrong and self.plan.steps > 1:
-            session, others = self._session(run, self.plan.steps), look.bad
+            session, others = self._session(run, self.plan.steps), look.bad.keys()
             look = self._look(session, case, decided, {}, others)
         return self._one_by_one(session, case, decided, look, others)
 
@@ -84,30 +85,28 @@ class Investigator:
         """
         culprits: list[Culprit] = []
         masks: dict[Key, Tensor] = {}
-        begun = look
+        first = look.culprit
         for _ in range(LOOKS):
             # A record of a module is decided on where a second call shows what is kept; what the
             # first call gets wrong, it does too.
             wrong = {key for key in look.wrong if not culprits or key.check in CHECKS}
-            if (found := look.culprit) is None or not wrong:
+            found = look.culprit
+            if found is None or not wrong or len(culprits) == MOST:
                 break
-            v = found.verdict
-            is_last = found.run.steps != 1 or len(culprits) == MOST - 1
-            if is_last or v.key.check not in MASKED or v.status not in WRONG:
-                return [*culprits, found]
+            if not _can_be_put_right(found):
+                return with_another(culprits, found, look.order)
             values = self._values(session, case, found, others)
             after = self._look(session, case, decided, masks | values, others)
-            if _is_harm(look, after, values.keys()) and v.key not in decided:
+            if found.verdict.key not in decided and _is_harm(look, after, values.keys()):
                 # Put "right", it makes wrong what was right: a part of a sum that is made later.
                 same = {k for k in values if _kind(k) in _kinds(found)}
-                others = others | (({v.key} | same) - decided)
+                others = others | (({found.verdict.key} | same) - decided)
                 look = self._look(session, case, decided, masks, others)
             else:
                 culprits = with_another(culprits, found, look.order)
                 masks, look = masks | values, after
-        if not culprits and begun.wrong and begun.culprit is not None:
-            return [begun.culprit]  # it differs, whatever comes of putting it right
-        return culprits
+        left = look.culprit or first  # it differs, whatever comes of putting it right
+        return culprits or ([left] if look.wrong and left is not None else [])
 
     def _look(
         self,
@@ -127,8 +126,8 @@ class Investigator:
         if result.status == "error":  # silence would read as if it had agreed this time
             raise RanksFailed(result.error, ())
         verdicts = [v for j in result.judged for v in j.verdicts]
-        bad = {v.key for v in verdicts if not v.good} - known
-        return _Look(result.culprit, [v.key for v in verdicts], bad, bad & decided)
+        bad = {v.key: v.error or 1.0 for v in verdicts if not v.good and v.key not in known}
+        return _Look(result.culprit, [v.key for v in verdicts], bad, bad.keys() & decided)
 
     def _session(self, run: Run, steps: int) -> Session:
         """One way of computing, everything recorded, against the first baseline."""
@@ -154,14 +153,22 @@ class Investigator:
         return {k: e.exact for k, e in expected.items() if k in alike - others}
 
 
+def _can_be_put_right(c: Culprit) -> bool:
+    v = c.verdict
+    return c.run.steps == 1 and v.key.check in MASKED and v.status in WRONG
+
+
 def _is_harm(before: _Look, after: _Look, masked: Set[Key]) -> bool:
-    """Whether the first record for which overwriting `masked` makes a difference was right."""
-    changed = (key for key in after.order if (key in before.bad) != (key in after.bad))
-    return next((key in after.bad for key in changed if key not in masked), False)
+    """Whether the first record for which overwriting `masked` matters is further off with it."""
+    for key in after.order:
+        was, now = before.bad.get(key, 0.0), after.bad.get(key, 0.0)
+        if key not in masked and not abs(was - now) <= MATTERS * max(was, now):
+            return now > was
+    return False
 
 
 def _kind(key: Key) -> tuple[str, str]:
-    return key.check, pattern(key.name)
+    return key.check, pattern(key)
 
 
 def _kinds(culprit: Culprit) -> set[tuple[str, str]]:

@@ -39,6 +39,7 @@ from parity.wording import (
 )
 
 _MOST_ELEMENTS = 1 << 22  # values are looked up among so many
+_FEW = 8  # elements, which chance may make a multiple of others
 _MOST_ROWS = 4096  # rows in another order are looked for among so many
 
 
@@ -213,23 +214,26 @@ def another(e: Evidence) -> Iterator[Fit]:
     """It is what another record of its check should be."""
     for name, other in e.others.items():
         if other.shape == e.got.shape and is_close(other, e.got):
-            yield Fit("another's", f"it is what {name} should be", e.residual(other))
+            yield Fit("another's", f"it is what {name} should be", e.residual(other), of=name)
             return
 
 
 def another_added(e: Evidence) -> Iterator[Fit]:
-    """The difference is what another record should be, perhaps a few times."""
+    """The difference is some multiple of what another record should be."""
     off = e.got - e.want
     for name, other in e.others.items():
         if other.shape != off.shape or not (c := ratio(off, other)):
             continue
         if is_close(other, e.want):  # its own value, under another name: that is a factor
             continue
-        whole = round(c) if abs(c) > 0.5 else 0
-        if whole and abs(c - whole) < CLOSE and is_close(whole * other, off):
-            times = "" if abs(whole) == 1 else f"{abs(whole)} times "
-            what = "has too much of" if whole > 0 else "lacks"
-            yield Fit("another's", f"it {what} {times}what {name} is")
+        # Of a few elements anything is a multiple.
+        if abs(c - round(c)) >= CLOSE and other.numel() < _FEW:
+            continue
+        if abs(c) > CLOSE and is_close(c * other, off):
+            times = "" if abs(abs(c) - 1) < CLOSE else f"{abs(c):.6g} times "
+            what = f"{times}what {name} is"
+            text = f"it has {what} too much" if c > 0 else f"it lacks {what}"
+            yield Fit("another's", text, of=name)
             return
 
 

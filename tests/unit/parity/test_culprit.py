@@ -107,7 +107,12 @@ def test_drift_is_told_in_units_of_rounding() -> None:
 
 
 def test_the_same_record_of_all_layers() -> None:
-    assert pattern("output of blocks.11.mlp.down") == "output of blocks.*.mlp.down"
+    assert pattern(Key("backward", "output of blocks.11.mlp.down")) == "output of blocks.*.mlp.down"
+    assert pattern(Key("activation", "input of 0.attn.ln_1")) == "input of *.attn.ln_1"
+    assert pattern(Key("activation", "output of blocks.0")) == "output of blocks.0"
+    assert pattern(Key("gradient", "3.mlp.up.weight")) == "*.mlp.up.weight"
+    assert pattern(Key("gradient", "0.weight")) == "0.weight"
+    assert pattern(Key("state", "adamw exp_avg of h.2.ln.bias")) == "adamw exp_avg of h.*.ln.bias"
 
 
 def made(check: str, name: str, *fits: Fit) -> Culprit:
@@ -116,7 +121,7 @@ def made(check: str, name: str, *fits: Fit) -> Culprit:
 
 
 SEEN = [
-    Key("activation", f"output of {path}") for path in ("the model", "b.0.attn", "b.1.attn", "c")
+    Key("activation", f"output of {path}") for path in ("b.0.attn", "b.1.attn", "c", "the model")
 ]
 SEEN += [Key("activation", "input of b.1.attn.qkv"), Key("backward", "output of b.0.mlp")]
 SUM = Fit("not reduced", "...", axis="tp", by="unreduced")
@@ -153,6 +158,58 @@ def test_a_wrong_forward_has_a_wrong_backward(forward: str, later: Culprit, is_s
     assert found == (
         [other, first._replace(backward=[later])] if is_same else [other, first, later]
     )
+
+
+ATTENTION = [
+    Key("activation", name)
+    for name in (
+        "input of h.0",
+        *("input of h.0.ln", "output of h.0.ln"),
+        *("input of h.0.q", "output of h.0.q", "input of h.0.k", "output of h.0.k"),
+        *("input of h.0.out", "output of h.0.out"),
+        "output of h.0",
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("forward", "later", "is_same"),
+    [
+        ("input of h.0.out", "output of h.0.k", True),
+        ("input of h.0.out", "output of h.0.q", True),
+        ("input of h.0.out", "output of h.0.out", False),  # what comes later is right
+        ("output of h.0", "output of h.0.out", True),
+        ("input of h.0.q", "output of h.0.ln", True),
+        ("input of h.0.q", "output of h.0.q", False),
+        # Between what the module takes in and what is wrong there is another module.
+        ("input of h.0.out", "input of h.0", False),
+        ("input of h.0.ln", "input of h.0", True),
+    ],
+)
+def test_the_backward_of_other_code_is_another_mistake(
+    forward: str, later: str, is_same: bool
+) -> None:
+    """Names of records of one module, in the order of its forward."""
+    found = with_another([made("activation", forward)], made("backward", later), ATTENTION)
+    assert len(found) == (1 if is_same else 2)
+
+
+def test_a_residual_that_is_wrong_is_wrong_in_the_backward_too() -> None:
+    part = Fit("another's", "it lacks ...", of="output of h.0.out")
+    before = Fit("another's", "it lacks ...", of="input of other")
+    first = made("activation", "output of h.0")
+    assert len(with_another([first], made("backward", "input of h.0", part), ATTENTION)) == 1
+    assert len(with_another([first], made("backward", "input of h.0", before), ATTENTION)) == 2
+
+
+def test_other_factors_are_other_mistakes() -> None:
+    double, half = Fit("scaled", "it is 2 times"), Fit("scaled", "it is 1/2 times")
+    first = made("activation", "output of b.0.attn")
+    for later in (made("gradient", "b.1.attn.w", double), made("gradient", "b.1.attn.v", double)):
+        (first,) = with_another([first], later, SEEN)
+    assert len(first.backward) == 2
+    other = made("gradient", "b.1.attn.u", half)
+    assert with_another([first], other, SEEN) == [first, other]
 
 
 def test_culprits_in_words() -> None:

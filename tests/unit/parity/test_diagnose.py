@@ -305,8 +305,15 @@ def test_another_record_too_much() -> None:
         "it lacks what output of blocks.3.attn is"
     )
     assert only(of(WANT + 2 * other, WANT, others=others)).text == (
-        "it has too much of 2 times what output of blocks.3.attn is"
+        "it has 2 times what output of blocks.3.attn is too much"
     )
+    half = only(of(WANT - 0.5 * other, WANT, others=others))
+    assert (half.text, half.of) == (
+        "it lacks 0.5 times what output of blocks.3.attn is",
+        "output of blocks.3.attn",
+    )
+    few = {"short": draw(2, 2, seed=3)}
+    assert of(draw(2, 2) + 0.3 * few["short"], draw(2, 2), others=few) == []
 
 
 def test_the_same_in_all_sequences() -> None:
