@@ -7,7 +7,7 @@ made from right inputs, by the code between the last right record and itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,7 +23,7 @@ from parity.modules import MODEL
 from parity.trace import DETAILS, Key, Piece, Recording
 from parity.whole import Whole
 
-_PARTS = {part.__name__ for part in PARTS}
+PART_NAMES = {part.__name__ for part in PARTS}
 
 
 class PieceError(NamedTuple):
@@ -80,7 +80,7 @@ def find(
     else:
         said = [Fit(verdict.status, verdict.text)] * bool(verdict.text)
         fits = diagnose(evidence) if evidence is not None else said
-        if not any(fit.by not in _PARTS for fit in fits):
+        if not any(fit.by not in PART_NAMES for fit in fits):
             fits += fused(key, verdicts[:place], recording)
         others = {v.key: gather(run, v.key, recording, wholes, expected) for v in bad if fits}
         alike = [k for k, e in others.items() if e is not None and is_like(e, fits[0])]
@@ -281,74 +281,6 @@ def _piece_error(piece: Piece, e: Evidence) -> PieceError:
     error = norm(as_float64(piece.tensor) - want) / size if want.numel() else 0.0
     at = e.at[piece.rank] if e.at else {}
     return PieceError(piece.rank, at, piece.offset, tuple(piece.tensor.shape), error)
-
-
-def with_another(
-    culprits: Sequence[Culprit], found: Culprit, judged: Sequence[Key]
-) -> list[Culprit]:
-    """And one that was found once these were put right. Autograd goes back through a forward as it
-    was made: a wrong one has a wrong backward, though what it puts out was overwritten.
-    """
-    for i, c in enumerate(culprits):
-        factors = {f.text for other in (*c.backward, found) for f in other.fits[:1] if not f.of}
-        may_follow = all(f.by in _PARTS or f.kind in _PASSED_ON or f.of for f in found.fits)
-        if may_follow and len(factors) <= 1 and _is_behind(found, c, judged):
-            theirs = c._replace(backward=[*c.backward, found])
-            return [*culprits[:i], theirs, *culprits[i + 1 :]]
-    return [*culprits, found]
-
-
-_PASSED_ON = ("scaled", "rows scaled")  # from a forward that is off by a factor
-
-
-def _is_behind(found: Culprit, c: Culprit, judged: Sequence[Key]) -> bool:
-    """Whether it is of the backward of what made `c` in the forward, of whichever layer."""
-    key = found.verdict.key
-    forward = [k for k in judged if k.check == "activation"]
-    seen = {_path(k) for k in forward}
-    owner = _made_by(key, seen)
-    if c.verdict.key.check != "activation" or key.check not in ("backward", "gradient"):
-        return False
-    if any_layer(owner) != any_layer(_made_by(c.verdict.key, seen)):
-        return False
-    sides = [(k, k._replace(check="backward")) for k in forward]
-    own = [
-        k.name for k, back in sides if owner in (_path(k), *(_made_by(x, seen) for x in (k, back)))
-    ]
-    alike = [name for name in own if any_layer(name) == any_layer(c.verdict.key.name)]
-    if key.check == "gradient" or key.name not in own or not alike:
-        return True
-    here, there = own.index(key.name), own.index(alike[-1])
-    if key.name.startswith("output of "):
-        return here < there
-    # What its module takes in is used in front of its other modules, and where that can be seen.
-    names = [k.name for k in forward]
-    between = names[names.index(key.name) + 1 : names.index(alike[-1]) + 1]
-    return here + 1 == there or any(fit.of in between for fit in found.fits)
-
-
-def _path(key: Key) -> str:
-    path = key.name.partition(" of ")[2]
-    return "" if path == MODEL else path
-
-
-def _made_by(key: Key, seen: Collection[str]) -> str:
-    """The innermost module that was `seen` (recorded) whose own code makes this."""
-    path = _path(key)
-    match key.check, key.name.partition(" of ")[0]:
-        case "gradient", _:
-            path = key.name.rpartition(".")[0]
-        case ("activation", "input") | ("backward", "output"):
-            if not path:
-                return "the caller"
-            path = path.rpartition(".")[0]
-    while path and path not in seen:
-        path = path.rpartition(".")[0]
-    return path
-
-
-def any_layer(name: str) -> str:
-    return re.sub(r"\b\d+\b", "*", name)
 
 
 def pattern(key: Key) -> str:

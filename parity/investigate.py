@@ -15,7 +15,8 @@ from torch import Tensor
 
 from parity.baseline import Baselines
 from parity.case import Case, Run
-from parity.culprit import Culprit, pattern, with_another
+from parity.consequences import with_another
+from parity.culprit import Culprit, pattern
 from parity.errors import RanksFailed
 from parity.ledger import SIZE
 from parity.plan import Plan
@@ -35,7 +36,8 @@ class _Look(NamedTuple):
 
     culprit: Culprit | None  # the first one
     order: Sequence[Key]  # of all that was judged, as the program made it
-    bad: Mapping[Key, float]  # what differs, and by how much
+    off: Set[Key]  # what differs, overwritten or not
+    bad: Mapping[Key, float]  # by how much, of what is not
     wrong: Set[Key]  # of what the verdict was on
 
 
@@ -94,7 +96,7 @@ class Investigator:
             if found is None or not wrong or len(culprits) == MOST:
                 break
             if not _can_be_put_right(found):
-                return with_another(culprits, found, look.order)
+                return with_another(culprits, found, look.order, look.off)
             values = self._values(session, case, found, others)
             after = self._look(session, case, decided, masks | values, others)
             if found.verdict.key not in decided and _is_harm(look, after, values.keys()):
@@ -103,7 +105,7 @@ class Investigator:
                 others = others | (({found.verdict.key} | same) - decided)
                 look = self._look(session, case, decided, masks, others)
             else:
-                culprits = with_another(culprits, found, look.order)
+                culprits = with_another(culprits, found, look.order, look.off)
                 masks, look = masks | values, after
         left = look.culprit or first  # it differs, whatever comes of putting it right
         return culprits or ([left] if look.wrong and left is not None else [])
@@ -126,8 +128,10 @@ class Investigator:
         if result.status == "error":  # silence would read as if it had agreed this time
             raise RanksFailed(result.error, ())
         verdicts = [v for j in result.judged for v in j.verdicts]
-        bad = {v.key: v.error or 1.0 for v in verdicts if not v.good and v.key not in known}
-        return _Look(result.culprit, [v.key for v in verdicts], bad, bad.keys() & decided)
+        off = {v.key: v.error or 1.0 for v in verdicts if not v.good}
+        bad = {key: error for key, error in off.items() if key not in known}
+        order = [v.key for v in verdicts]
+        return _Look(result.culprit, order, off.keys(), bad, bad.keys() & decided)
 
     def _session(self, run: Run, steps: int) -> Session:
         """One way of computing, everything recorded, against the first baseline."""

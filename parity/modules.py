@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from parity.trace import Trace
+from parity.trace import Box, Key, Trace
 
 MODEL = "the model"  # the path of the outermost module is empty
 
@@ -82,6 +82,8 @@ class _Recorder:
     def __init__(self, trace: Trace, place: Place, is_sound: Sound | None) -> None:
         self.trace, self.place, self.is_sound = trace, place, is_sound
         self.calls: Counter[str] = Counter()
+        self.placed: dict[str, Placed | None] = {}  # by name: in its latest call
+        self.followed: set[str] = set()  # of which the gradient will be seen
 
     def hook(self, path: str, module: nn.Module) -> list[Any]:
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -95,7 +97,7 @@ class _Recorder:
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
             self.see(path, False, output)
-            self.calls[path] += 1
+            self.calls[path] += not _is_computed_again()
 
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
@@ -103,21 +105,45 @@ class _Recorder:
         if not isinstance(x, Tensor):
             return
         seen = Seen(path, is_input, self.calls[path], x)
-        placed = self.place(seen)
+        if is_again := _is_computed_again():
+            # Which of several calls it is, nobody says.
+            placed = self.placed.get(seen.name) if seen.call == 1 else None
+        else:
+            placed = self.placed[seen.name] = self.place(seen)
         if placed is None:
             return
-        self.add("activation", seen.name, placed, x)
-        if x.requires_grad:
+        self.add("activation", seen.name, placed, x, is_again=is_again)
+        # Of what is computed again the gradient comes by only if it did not at first (re-entrant).
+        if x.requires_grad and not (is_again and seen.name in self.followed):
+            self.followed.add(seen.name)
             x.register_hook(lambda grad: self.see_gradient(seen, placed, x, grad))
 
     def see_gradient(self, seen: Seen, placed: Placed, x: Tensor, grad: Tensor) -> Tensor | None:
         if self.is_sound is not None and not self.is_sound(grad, x):
             return None
-        return self.add("backward", seen.name, placed, grad.clone())
+        if Key("backward", seen.name) not in self.trace.masks:
+            self.add("backward", seen.name, placed, grad)
+            return None  # not even a copy: it may be a mistake to work on this one in place
+        right = grad.clone()
+        self.add("backward", seen.name, placed, right)
+        return right
 
     @torch.no_grad()
-    def add(self, check: str, name: str, placed: Placed, x: Tensor) -> Tensor:
+    def add(
+        self, check: str, name: str, placed: Placed, x: Tensor, *, is_again: bool = False
+    ) -> None:
+        times = placed.times if check == "backward" else 1
         for offset, part in placed.boxes:
-            times = placed.times if check == "backward" else 1
-            self.trace.add(check, name, part(x), shape=placed.shape, offset=offset, times=times)
-        return x
+            if is_again:
+                self.trace.put_right(
+                    Box(Key(check, name), tuple(placed.shape), tuple(offset)), part(x)
+                )
+            else:
+                self.trace.add(check, name, part(x), shape=placed.shape, offset=offset, times=times)
+
+
+def _is_computed_again() -> bool:
+    """Activations that were not kept (torch.utils.checkpoint) are made once more in the backward;
+    torch's own checkpoint asks the same.
+    """
+    return int(torch._C._current_graph_task_id()) != -1

@@ -101,7 +101,11 @@ class Trace:
         self.boxes.append(box)
         once = tensor.detach() if times == 1 else tensor.detach() / times
         self.tensors.append(once.to("cpu", copy=True).contiguous())
-        if (right := self.masks.get(box.key)) is not None and right.shape == shape:
+        self.put_right(box, tensor, times)
+
+    def put_right(self, box: Box, tensor: Tensor, times: int = 1) -> None:
+        """Write what is right over it, where that is asked for."""
+        if (right := self.masks.get(box.key)) is not None and right.shape == box.shape:
             part = right[_slices(box, tensor)]
             if part.shape == tensor.shape:
                 # Not `detach`: autograd, which may have saved the tensor, is not to know of it.

@@ -47,7 +47,7 @@ ROWS = {
         ["plan", "mistakes", "rows", "parts"],
         ["tracing", "diagnose"],
         ["baseline", "culprit", "prepare"],
-        ["run", "explain"],
+        ["run", "explain", "consequences"],
         ["report", "investigate", "soak"],
         ["document", "mutate"],
         ["mutation_report"],

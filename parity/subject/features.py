@@ -14,6 +14,8 @@ from torch import nn
 from parity.subject.alignment import Held
 from parity.subject.placing import Stretch
 
+# Their features are not the last dim.
+CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 Features = Mapping[tuple[str, bool], Sequence[Stretch]]  # by the module's path; of its input?
 
 
@@ -40,15 +42,17 @@ def _dims(module: nn.Module, leaf: str, dims: int) -> dict[bool, int]:
             return {False: 0, True: 1}
         case "weight", 2 if isinstance(module, nn.Embedding):
             return {False: 1}
-        case "weight", 1:
+        case "weight", 1 if not isinstance(module, CHANNELS_FIRST):
             return {False: 0, True: 0}
-        case "bias", 1:
+        case "bias", 1 if not isinstance(module, CHANNELS_FIRST):
             return {False: 0}
     return {}
 
 
 def _along(held: Held, dim: int) -> list[Stretch] | None:
-    """None where the tensor is kept in another order, or has only parts of its rows."""
+    """None where the tensor is kept in another order, or has only parts of its rows, or has some
+    of them twice.
+    """
     pairs = set[tuple[int, int]]()
     stride, count = prod(held.shape[dim + 1 :]), held.shape[dim]
     for box in held.parts[0].boxes:
@@ -57,7 +61,9 @@ def _along(held: Held, dim: int) -> list[Stretch] | None:
         if not (along == along[:, :1]).all():
             return None
         pairs |= set(enumerate(along[:, 0].tolist(), box.offset[dim]))
-    return _stretches(sorted(pairs)) if len(pairs) == count else None
+    # One that is held twice has two places, each with a part of the gradient.
+    once = {whole for whole, _ in pairs}
+    return _stretches(sorted(pairs)) if len(pairs) == len(once) == count else None
 
 
 def _stretches(pairs: Sequence[tuple[int, int]]) -> list[Stretch]:

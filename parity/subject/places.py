@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -40,16 +41,19 @@ class Places:
         rows: int | None = None,
         times: int = 1,
         features: Features | None = None,
+        calls: Mapping[str, int] | None = None,
     ) -> None:
         """`inputs` and `outputs`: over which axes they are cut, by the user's word ("": those
         outputs that are not named); `paths`: the baseline's name of each module that has one there
         (None: all, the same); `rows`: of the whole batch, where modules are called for some of them
         at a time; `times`: how often gradients are counted until they are averaged over ranks;
-        `features`: which of a module's this rank has, where it has not all.
+        `features`: which of a module's this rank has, where it has not all; `calls`: how often the
+        baseline has seen each record of a module.
         """
         self.axes, self.shapes, self.paths = axes, shapes, paths
         self.inputs, self.outputs = inputs or {}, outputs or {}
         self.rows, self.times, self.features = rows, times, features or {}
+        self.expected_calls, self.calls = calls or {}, Counter[str]()
         self._done: dict[str, tuple[int, int]] = {}  # rows that were seen, of how many
 
     def of(self, check: str, name: str, tensor: Tensor) -> Place:
@@ -93,6 +97,7 @@ class Places:
 
     def of_seen(self, seen: Seen) -> Placed | None:
         """What modules take in and put out; None for what has no place by its shape."""
+        self.calls[seen.name] += 1
         size = tuple(local(seen.tensor).shape)
         whole = size if self.shapes is None else self.shapes.get(("activation", seen.name))
         if whole is None or (self.shapes is None and seen.call):
@@ -147,8 +152,12 @@ class Places:
 
     @property
     def incomplete(self) -> set[str]:
-        """Of which fewer rows were seen than this rank has: nothing can be said of them."""
-        return {name for name, (done, length) in self._done.items() if done < length}
+        """Of which fewer rows were seen than this rank has, or in more calls than the baseline's
+        were: nothing can be said of them.
+        """
+        parts = {name for name, (done, length) in self._done.items() if done < length}
+        often = self.expected_calls.items() if self.rows is None else ()
+        return parts | {name for name, n in often if self.calls[name] not in (0, n)}
 
 
 def _part(slices: tuple[slice, ...]) -> Callable[[Tensor], Tensor]:

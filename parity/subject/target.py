@@ -44,12 +44,13 @@ class Baseline:
             model = make(subject, run)
             program = Program(model, optimizer=_optimizer(subject, model.parameters()))
             wholes = Wholes(dict(model.named_parameters(remove_duplicate=False)))
-            side = Side(subject, run, trace, program, _everything(wholes), Places(Axes({}, {})))
+            places = Places(Axes({}, {}))
+            side = Side(subject, run, trace, program, _everything(wholes), places)
             inputs = data.inputs(subject, run)
             torch.manual_seed(run.seed + run.nudge)  # what is random moves it far, and is refused
             batch = partial(data.batch, subject, inputs, data.targets(subject, run))
             train(side, batch, data.others(subject, inputs))
-        _tell(trace, _shapes_file(self.folder, run.detail))
+        _tell(trace, places, _shapes_file(self.folder, run.detail))
         return trace
 
 
@@ -59,6 +60,7 @@ class Candidate:
     def __init__(self, subject: Subject, folder: str) -> None:
         self.subject, self.folder = subject, folder
         self._held: list[Held] | None = None
+        self._alias: dict[str, str] = {}  # of the baseline's names
         self._mesh: DeviceMesh | None = None
 
     def __call__(self, run: Run) -> Trace:
@@ -72,13 +74,13 @@ class Candidate:
             if program.optimizer is None:
                 optimizer = _optimizer(subject, program.trained.values())
                 program = replace(program, optimizer=optimizer)
-            shapes = _told(_shapes_file(self.folder, run.detail))
-            paths = paths_of(held, is_whole=program.step is None)
+            shapes, calls = _told(_shapes_file(self.folder, run.detail))
+            paths = paths_of(held, is_whole=program.step is None, alias=self._alias)
             rows = None if program.step is None else data.rows(subject)
             times = torch.Size([axes.sizes[axis] for axis in subject.data]).numel()
             features = features_of(held, paths, baseline)
             places = Places(
-                axes, shapes, subject.cuts, subject.output, paths, rows, times, features
+                axes, shapes, subject.cuts, subject.output, paths, rows, times, features, calls
             )
             parts = {h.name: h.parts for h in held}
             side = Side(subject, run, trace, program, parts.__getitem__, places)
@@ -115,6 +117,7 @@ class Candidate:
                     return self._program(here, run).trained
 
                 found = align(build, model.state_dict(), wholes)
+                self._alias = wholes.alias
             self._held = [self._by_word(h, wholes, self._axes(run)) for h in found]
         return self._held
 
@@ -247,11 +250,13 @@ def _shapes_file(folder: str, detail: bool) -> Path:
     return Path(folder) / f"shapes{'-detail' if detail else ''}.json"
 
 
-def _tell(trace: Trace, path: Path) -> None:
+def _tell(trace: Trace, places: Places, path: Path) -> None:
     draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps([[*box.key, box.shape] for box in trace.boxes]))
+    shapes = [[*box.key, box.shape] for box in trace.boxes]
+    draft.write_text(json.dumps([shapes, places.calls]))
     draft.replace(path)  # at once: baselines run side by side
 
 
-def _told(path: Path) -> Shapes:
-    return {(check, name): shape for check, name, shape in json.loads(path.read_text())}
+def _told(path: Path) -> tuple[Shapes, dict[str, int]]:
+    shapes, calls = json.loads(path.read_text())
+    return {(check, name): shape for check, name, shape in shapes}, calls

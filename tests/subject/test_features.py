@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,3 +98,18 @@ def test_a_bias_tells_it_where_no_weight_does() -> None:
     held = kept(model, {"bias": torch.tensor([4, 5, 0])}, "bias", 0)
     found = features_of(held, PATHS, model)
     assert found == {("net", False): [(0, 2, 1), (4, 0, 2)]}
+
+
+def test_what_is_held_twice_has_no_one_place() -> None:
+    model = net(3, 4)
+    held = kept(model, {"weight": torch.tensor([0, 1, 1])}, "weight", 0)
+    assert features_of(held, PATHS, model) == {("net", True): [(0, 0, 3)]}
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Conv1d(4, 4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)], ids=lambda m: str(m)[:6]
+)
+def test_channels_are_not_the_last_dim(module: nn.Module) -> None:
+    model = nn.ModuleDict({"net": module.double()})
+    held = kept(model, {"bias": torch.tensor([2, 3])}, "bias", 0)
+    assert features_of(held, PATHS, model) == {}

@@ -203,7 +203,7 @@ def named(**wholes: str) -> list[Held]:
     [
         (named(a__w="a.w", a__b="a.b"), True, {"a": "a", "": ""}),
         (named(module__a__w="a.w"), True, {"module.a": "a", "module": ""}),
-        (named(net__0__w="layers.4.w"), False, {"net.0": "layers.4"}),
+        (named(net__0__w="layers.4.w"), False, {"net.0": "layers.4", "net": "layers"}),
         (
             named(x__0__mlp__up__w="y.3.mlp.up.w", x__0__norm__w="y.3.norm.w"),
             False,
@@ -212,6 +212,21 @@ def named(**wholes: str) -> list[Held]:
                 "x.0.mlp": "y.3.mlp",
                 "x.0": "y.3",
                 "x.0.norm": "y.3.norm",
+                "x": "y",
+            },
+        ),
+        # Whatever they are called, modules of the same parameters are the same.
+        (
+            named(layers__0__ffn__up__w="h.0.mlp.up.w", layers__0__n__w="h.0.ln.w", out__w="f.w"),
+            True,
+            {
+                "layers.0.ffn.up": "h.0.mlp.up",
+                "layers.0.ffn": "h.0.mlp",
+                "layers.0.n": "h.0.ln",
+                "layers.0": "h.0",
+                "layers": "h",
+                "out": "f",
+                "": "",
             },
         ),
         # One module for several of the baseline's is what is around them, if that has its name and
@@ -238,6 +253,30 @@ def test_modules_have_the_names_that_their_parameters_tell(
     held: list[Held], is_whole: bool, paths: dict[str, str]
 ) -> None:
     assert paths_of(held, is_whole=is_whole) == paths
+
+
+def test_a_part_of_a_module_is_not_that_module() -> None:
+    """A stage of a pipeline: others have the rest of the layers."""
+    alias = {name: name for name in ("layers.3.w", "layers.4.a.w", "layers.4.b.w")}
+    stage = named(layers__0__a__w="layers.4.a.w", layers__0__b__w="layers.4.b.w")
+    told = {"layers.0.a": "layers.4.a", "layers.0.b": "layers.4.b", "layers.0": "layers.4"}
+    assert paths_of(stage, is_whole=False, alias=alias) == told
+    assert paths_of(stage[:1], is_whole=False, alias=alias) == {"layers.0.a": "layers.4.a"}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_tied_weight_is_of_the_module_that_has_its_name(prefix: str) -> None:
+    alias = {"emb.weight": "emb.weight", "head.weight": "emb.weight", "n.weight": "n.weight"}
+
+    def of(name: str) -> dict[str, str]:
+        tied = Held(prefix + name, (1,), [Part("emb.weight", (1,), [])])
+        other = Held(f"{prefix}n.weight", (1,), [Part("n.weight", (1,), [])])
+        paths = paths_of([tied, other], is_whole=True, alias=alias)
+        return {path.removeprefix(prefix): theirs for path, theirs in paths.items() if theirs}
+
+    assert of("emb.weight") == {"emb": "emb", "n": "n"}
+    assert of("head.weight") == {"head": "head", "n": "n"}
+    assert of("other.weight") == {"n": "n"}
 
 
 @given(st.sets(st.text("ab.", min_size=1, max_size=6).filter(lambda x: "" not in x.split("."))))

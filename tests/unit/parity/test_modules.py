@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from parity import Trace, record_modules
 from parity.modules import Placed, Seen
@@ -117,3 +120,65 @@ def test_a_mask_fits_a_piece() -> None:
     piece = torch.zeros(2, 1)
     Trace().add("gradient", "w", piece, shape=(3, 2), offset=(1, 1))
     assert piece.tolist() == [[3.0], [5.0]]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_is_computed_again_is_put_right_again(use_reentrant: bool) -> None:
+    """A checkpointed part runs twice: it is recorded once, and goes on from what is right twice."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    right = torch.randn(3, 4, dtype=torch.float64)
+    Trace.masks = {Key("activation", "output of 1"): right}
+    trace = Trace()
+    with record_modules(trace, model):
+        checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+    names = [box.key.name for box in trace.boxes if box.key.check == "activation"]
+    assert sorted(names) == sorted(set(names))
+    assert "output of 2" in names
+    gradients = [box.key.name for box in trace.boxes if box.key.check == "backward"]
+    assert sorted(gradients) == sorted(set(gradients))
+    assert "input of 2" in gradients
+    weight = model[2].weight
+    assert isinstance(weight, nn.Parameter)
+    torch.testing.assert_close(weight.grad, right.sum(0).expand(4, 4))
+
+
+class _Halves(torch.autograd.Function):
+    """Works in place on the gradient that it is given, which others may have too: a mistake."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope.mul_(0.5)
+
+
+class _Inner(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _Halves.apply(x)  # type: ignore[no-any-return]
+
+
+class _Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+def test_recording_does_not_hide_what_is_done_in_place() -> None:
+    def gradient(model: nn.Module, context: AbstractContextManager[Any]) -> Tensor:
+        x = torch.ones(3, requires_grad=True)
+        with context:
+            model(x).mul(4.0).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    plain = gradient(_Residual(), nullcontext())
+    assert plain.tolist() != [6.0] * 3  # what it would be if the residual had its own
+    model = _Residual()
+    assert gradient(model, record_modules(Trace(), model)).equal(plain)
