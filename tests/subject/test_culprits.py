@@ -13,32 +13,29 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import parity
 from parity.subject.check import Differs, Kept, TestCase
-from tests.subject.by_hand import HEADS, WIDTH, Attention
 from tests.subject.layers import Copy, Sum
+from tests.subjects.models import HEAD, WIDTH, Block, FeedForward
 
 
-class Mlp(nn.Module):
+class Attention(nn.Module):
+    """With one projection for queries, keys and values."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(WIDTH), Attention()
-        self.ln_2, self.mlp = nn.LayerNorm(WIDTH), Mlp()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        q, k, v = (y.unflatten(-1, (-1, HEAD)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 def net() -> nn.Module:
-    return nn.Sequential(nn.Sequential(Block(), Block()), nn.LayerNorm(WIDTH))
+    blocks = nn.Sequential(Block(), Block())
+    for block in blocks:
+        block.attn = Attention()
+    return nn.Sequential(blocks, nn.LayerNorm(WIDTH))
 
 
 class Parallel:
@@ -73,7 +70,7 @@ class ParallelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.tp.enter(x, "attn")).chunk(3, -1)
-        q, k, v = (y.unflatten(-1, (HEADS // self.tp.n, -1)).transpose(1, 2) for y in qkv)
+        q, k, v = (y.unflatten(-1, (-1, HEAD)).transpose(1, 2) for y in qkv)
         if "values" in self.tp.wrong:
             v = 1.1 * v
         scale = 1.0 if "scale" in self.tp.wrong else None
@@ -82,7 +79,7 @@ class ParallelAttention(nn.Module):
 
 
 class ParallelMlp(nn.Module):
-    def __init__(self, full: Mlp, tp: Parallel) -> None:
+    def __init__(self, full: FeedForward, tp: Parallel) -> None:
         super().__init__()
         self.tp = tp
         self.up = tp.linear(full.up.weight, 0, full.up.bias)
@@ -143,11 +140,11 @@ def test_a_mistake_is_told_once(kept: Kept, wrong: str, culprits: list[str]) -> 
     ],
 )
 def test_of_one_layer_alone_too(kept: Kept, wrong: str, culprits: list[str]) -> None:
-    assert told(kept, Mlp, layer, wrong) == culprits
+    assert told(kept, FeedForward, layer, wrong) == culprits
 
 
 def layer(full: Mapping[str, Tensor], mesh: DeviceMesh, wrong: str) -> nn.Module:
-    made = Mlp()
+    made = FeedForward()
     made.load_state_dict(full)
     return ParallelMlp(made, Parallel(mesh["tp"], wrong))
 
