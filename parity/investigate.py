@@ -28,6 +28,7 @@ MOST = 4  # culprits that are told apart in one failure
 LOOKS = 6 * MOST  # some find what is no culprit
 MATTERS = 0.01  # of an error that an overwritten record has changed
 MASKED = ("activation", "backward", "gradient")  # what the program computes on from
+FORWARD = ("activation", "forward")
 WRONG = ("bug", "split", "drift", "nan")  # what a right value can take the place of
 
 
@@ -97,9 +98,9 @@ class Investigator:
                 break
             if not _can_be_put_right(found):
                 return with_another(culprits, found, look.order, look.off)
-            values = self._values(session, case, found, others)
+            values, check = self._values(session, case, found, others), found.verdict.key.check
             after = self._look(session, case, decided, masks | values, others)
-            if found.verdict.key not in decided and _is_harm(look, after, values.keys()):
+            if found.verdict.key not in decided and _is_harm(look, after, check, values.keys()):
                 # Put "right", it makes wrong what was right: a part of a sum that is made later.
                 same = {k for k in values if _kind(k) in _kinds(found)}
                 others = others | (({found.verdict.key} | same) - decided)
@@ -128,7 +129,8 @@ class Investigator:
         if result.status == "error":  # silence would read as if it had agreed this time
             raise RanksFailed(result.error, ())
         verdicts = [v for j in result.judged for v in j.verdicts]
-        off = {v.key: v.error or 1.0 for v in verdicts if not v.good}
+        # What is on no rank stays on none, whatever is overwritten.
+        off = {v.key: v.error * (v.status in WRONG) for v in verdicts if not v.good}
         bad = {key: error for key, error in off.items() if key not in known}
         order = [v.key for v in verdicts]
         return _Look(result.culprit, order, off.keys(), bad, bad.keys() & decided)
@@ -162,11 +164,14 @@ def _can_be_put_right(c: Culprit) -> bool:
     return c.run.steps == 1 and v.key.check in MASKED and v.status in WRONG
 
 
-def _is_harm(before: _Look, after: _Look, masked: Set[Key]) -> bool:
-    """Whether the first record for which overwriting `masked` matters is further off with it."""
+def _is_harm(before: _Look, after: _Look, check: str, masked: Set[Key]) -> bool:
+    """Whether the first record for which overwriting `masked`, of `check`, matters is further off
+    with it. Of a forward it is one in the forward: the rest may be wrong for reasons of its own.
+    """
     for key in after.order:
         was, now = before.bad.get(key, 0.0), after.bad.get(key, 0.0)
-        if key not in masked and not abs(was - now) <= MATTERS * max(was, now):
+        is_next = check != "activation" or key.check in FORWARD
+        if is_next and key not in masked and not abs(was - now) <= MATTERS * max(was, now):
             return now > was
     return False
 

@@ -226,8 +226,9 @@ def another_added(e: Evidence) -> Iterator[Fit]:
             continue
         if is_close(other, e.want):  # its own value, under another name: that is a factor
             continue
-        # Of a few elements anything is a multiple.
-        if abs(c - round(c)) >= CLOSE and other.numel() < _FEW:
+        # Of a few elements anything is a multiple; and what a step adds is one of the gradient.
+        is_sum = e.key.check in ("activation", "backward", "forward")
+        if abs(c - round(c)) >= CLOSE and (other.numel() < _FEW or not is_sum):
             continue
         if abs(c) > CLOSE and is_close(c * other, off):
             times = "" if abs(abs(c) - 1) < CLOSE else f"{abs(c):.6g} times "

@@ -30,6 +30,7 @@ KNOWN = (
     "gradients_summed_over_dp_in_bfloat16",
     "row_sum_in_bfloat16",
     "rows_dealt_out_in_turn",
+    "data_cut_over_all_ranks",
 )
 
 

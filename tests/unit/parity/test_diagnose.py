@@ -307,13 +307,15 @@ def test_another_record_too_much() -> None:
     assert only(of(WANT + 2 * other, WANT, others=others)).text == (
         "it has 2 times what output of blocks.3.attn is too much"
     )
-    half = only(of(WANT - 0.5 * other, WANT, others=others))
+    assert of(WANT - 0.5 * other, WANT, others=others) == []  # a gradient is no such sum
+    key = Key("activation", "output of a")
+    half = only(of(WANT - 0.5 * other, WANT, key, others=others))
     assert (half.text, half.of) == (
         "it lacks 0.5 times what output of blocks.3.attn is",
         "output of blocks.3.attn",
     )
     few = {"short": draw(2, 2, seed=3)}
-    assert of(draw(2, 2) + 0.3 * few["short"], draw(2, 2), others=few) == []
+    assert of(draw(2, 2) + 0.3 * few["short"], draw(2, 2), key, others=few) == []
 
 
 def test_the_same_in_all_sequences() -> None:
