@@ -229,6 +229,11 @@ def where(key: Key, good: set[Key]) -> str:
             )
         case "backward", _ if path == MODEL:
             return "the loss: the gradient of the logits is the first to differ"
+        case "forward", _ if key.name.startswith("step "):
+            return (
+                f"{key.name.partition(' of ')[0]}: parameters are compared after the first and the "
+                "last step only; a step before this one may be wrong"
+            )
         case "backward", _:
             return (
                 f"the code behind module {path}: the gradient of its {side} is the first to differ"

@@ -26,7 +26,8 @@ from parity.trace import CHECKS, Key, save_masks
 
 MOST = 4  # culprits that are told apart in one failure
 LOOKS = 6 * MOST  # some find what is no culprit
-MATTERS = 0.01  # of an error that an overwritten record has changed
+MATTERS = 1.25  # times an error: less may be chance, where it has several causes
+NEXT = 3  # so many of those that it has changed tell whether for the worse: two may cancel
 MASKED = ("activation", "backward", "gradient")  # what the program computes on from
 FORWARD = ("activation", "forward")
 WRONG = ("bug", "split", "drift", "nan")  # what a right value can take the place of
@@ -37,8 +38,8 @@ class _Look(NamedTuple):
 
     culprit: Culprit | None  # the first one
     order: Sequence[Key]  # of all that was judged, as the program made it
-    off: Set[Key]  # what differs, overwritten or not
-    bad: Mapping[Key, float]  # by how much, of what is not
+    off: Mapping[Key, float]  # what differs, overwritten or not, and by how much
+    bad: Set[Key]  # what does, and is not overwritten
     wrong: Set[Key]  # of what the verdict was on
 
 
@@ -76,7 +77,7 @@ class Investigator:
         look = self._look(session, case, decided, {}, set())
         others: Set[Key] = set()
         if not look.wrong and self.plan.steps > 1:
-            session, others = self._session(run, self.plan.steps), look.bad.keys()
+            session, others = self._session(run, self.plan.steps), look.bad
             look = self._look(session, case, decided, {}, others)
         return self._one_by_one(session, case, decided, look, others)
 
@@ -131,9 +132,8 @@ class Investigator:
         verdicts = [v for j in result.judged for v in j.verdicts]
         # What is on no rank stays on none, whatever is overwritten.
         off = {v.key: v.error * (v.status in WRONG) for v in verdicts if not v.good}
-        bad = {key: error for key, error in off.items() if key not in known}
-        order = [v.key for v in verdicts]
-        return _Look(result.culprit, order, off.keys(), bad, bad.keys() & decided)
+        bad = off.keys() - known
+        return _Look(result.culprit, [v.key for v in verdicts], off, bad, bad & decided)
 
     def _session(self, run: Run, steps: int) -> Session:
         """One way of computing, everything recorded, against the first baseline."""
@@ -165,15 +165,17 @@ def _can_be_put_right(c: Culprit) -> bool:
 
 
 def _is_harm(before: _Look, after: _Look, check: str, masked: Set[Key]) -> bool:
-    """Whether the first record for which overwriting `masked`, of `check`, matters is further off
-    with it. Of a forward it is one in the forward: the rest may be wrong for reasons of its own.
+    """Whether most of the first records for which overwriting `masked`, of `check`, matters are
+    further off with it. Of a forward they are in the forward: the rest may be wrong for reasons of
+    its own. What was overwritten before is recorded before it is, and tells it too.
     """
+    worse = []
     for key in after.order:
-        was, now = before.bad.get(key, 0.0), after.bad.get(key, 0.0)
+        was, now = before.off.get(key, 0.0), after.off.get(key, 0.0)
         is_next = check != "activation" or key.check in FORWARD
-        if is_next and key not in masked and not abs(was - now) <= MATTERS * max(was, now):
-            return now > was
-    return False
+        if is_next and key not in masked and not max(was, now) <= MATTERS * min(was, now):
+            worse.append(now > was)
+    return sum(worse[:NEXT]) > len(worse[:NEXT]) / 2
 
 
 def _kind(key: Key) -> tuple[str, str]:

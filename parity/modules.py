@@ -69,7 +69,7 @@ def record_modules(
     recorder = _Recorder(trace, place, is_sound)
     hooks = []
     for path, module in model.named_modules():
-        if (theirs := rename(path)) is not None:
+        if (theirs := rename(path)) is not None and not isinstance(module, torch.jit.ScriptModule):
             hooks += recorder.hook(theirs, module)
     try:
         yield
@@ -83,6 +83,7 @@ class _Recorder:
         self.trace, self.place, self.is_sound = trace, place, is_sound
         self.calls: Counter[str] = Counter()
         self.placed: dict[str, Placed | None] = {}  # by name: in its latest call
+        self.gradients: set[tuple[str, int]] = set()  # that were seen: names and calls
         self.followed: set[str] = set()  # of which the gradient will be seen
 
     def hook(self, path: str, module: nn.Module) -> list[Any]:
@@ -91,6 +92,8 @@ class _Recorder:
                 return None
             x, *others = inputs  # those are masks and the like
             is_apart = self.is_sound is not None and isinstance(x, Tensor) and x.requires_grad
+            # A view would lose its gradient there, or that of what is written over.
+            is_apart &= torch.is_grad_enabled() and not getattr(module, "inplace", False)
             own = x.view_as(x) if is_apart else x
             self.see(path, True, own)
             return (own, *others) if is_apart else None
@@ -102,7 +105,7 @@ class _Recorder:
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
     def see(self, path: str, is_input: bool, x: Any) -> None:
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or x.layout != torch.strided or _is_wrapped(x):
             return
         seen = Seen(path, is_input, self.calls[path], x)
         if is_again := _is_computed_again():
@@ -121,6 +124,9 @@ class _Recorder:
     def see_gradient(self, seen: Seen, placed: Placed, x: Tensor, grad: Tensor) -> Tensor | None:
         if self.is_sound is not None and not self.is_sound(grad, x):
             return None
+        if (seen.name, seen.call) in self.gradients:
+            return None  # of a gradient that is a part of the forward, and then of the loss
+        self.gradients.add((seen.name, seen.call))
         if Key("backward", seen.name) not in self.trace.masks:
             self.add("backward", seen.name, placed, grad)
             return None  # not even a copy: it may be a mistake to work on this one in place
@@ -140,6 +146,11 @@ class _Recorder:
                 )
             else:
                 self.trace.add(check, name, part(x), shape=placed.shape, offset=offset, times=times)
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    """Inside of torch.func's transforms (vmap, grad) tensors are not what they are outside."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 def _is_computed_again() -> bool:

@@ -6,6 +6,7 @@ ends), so one that nobody has locked is nobody's.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import os
@@ -14,7 +15,7 @@ import tempfile
 import weakref
 from pathlib import Path
 
-PREFIX, LOCK = "parity-run-", ".lock"
+PREFIX, LOCK = "parity-run-", ".parity-lock"
 
 
 class Scratch:
@@ -25,7 +26,10 @@ class Scratch:
         # Under another name until it is locked: a sweep must not find it before.
         draft = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))
         lock = os.open(draft / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: nobody is to take it for abandoned
+            (draft / LOCK).unlink()
         self.path = draft.rename(draft.with_name(draft.name[1:]))
         self._end = weakref.finalize(self, _remove, self.path, lock, os.getpid())
 
@@ -41,8 +45,20 @@ class Scratch:
 
 def _remove(path: Path, lock: int, owner: int) -> None:
     if os.getpid() == owner:  # a fork of it has the object too
-        shutil.rmtree(path, ignore_errors=True)
+        _empty(path)
         os.close(lock)
+
+
+def _empty(path: Path) -> None:
+    """The lock at last: what is left when this is cut short can be found again."""
+    inside = [] if path.is_symlink() else [e for e in path.glob("*") if e.name != LOCK]
+    for entry in inside:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                entry.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @functools.cache
@@ -55,8 +71,8 @@ def sweep() -> None:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-        except BlockingIOError:
+            _empty(path)
+        except OSError:  # in use
             pass
         finally:
             os.close(lock)

@@ -71,7 +71,7 @@ class Kept:
         # Made when it is needed: a case that a candidate asks on its rank has none.
         self._scratch = self._scratch or Scratch()
         path = self._scratch.path / hashlib.blake2b(data, digest_size=16).hexdigest()
-        path.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         return str(path)
 
     def close(self) -> None:

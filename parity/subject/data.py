@@ -112,6 +112,17 @@ def _own(x: Tensor, cuts: Cuts, axes: Axes) -> Tensor:
     return mine.clone().requires_grad_(x.requires_grad)
 
 
+def zigzag(subject: Subject) -> dict[str, set[int]]:
+    """The axes over which each rank has two parts, and how long what they cut is."""
+    cut = [x for at, x in entries(subject.inputs) if at not in subject.whole]
+    tensors = [x for value in (*cut, *subject.targets) for _, x in leaves(value, "") if x.ndim]
+    dims = {**subject.data, **subject.split}
+    return {
+        axis: {x.shape[dims[axis]] for x in tensors if -x.ndim <= dims[axis] < x.ndim}
+        for axis in subject.zigzag
+    }
+
+
 def rows(subject: Subject) -> int | None:
     """How many rows the whole batch has."""
     cut = [x for at, x in entries(subject.inputs) if at not in subject.whole]

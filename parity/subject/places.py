@@ -88,8 +88,11 @@ class Places:
                 raise Unplaced(f"it is a DTensor of {place.shape}, and the baseline's is {whole}")
             return place
         if word:
-            cuts = {dim % len(whole): names for dim, names in word.items()}
-            return cut(everything(whole), size, cuts, self.axes)
+            place, given = everything(whole), {dim % len(whole) for dim in self.inputs}
+            for dim, names in ((dim % len(whole), names) for dim, names in word.items()):
+                axes = self.axes if dim in given else self.axes._replace(zigzag={})
+                place = cut(place, size, {dim: names}, axes)
+            return place
         return by_shape(whole, size, self.axes, self.inputs)
 
     def path_of(self, path: str) -> str | None:

@@ -66,13 +66,15 @@ def everything(shape: Sequence[int]) -> Place:
 
 
 class Axes(NamedTuple):
-    """The mesh as one rank sees it: the size of each axis, and its own coordinate. Rank r of n on
-    an axis of `zigzag` has parts r and 2n - 1 - r of 2n, as causal attention is balanced.
+    """The mesh as one rank sees it: the size of each axis, and its own coordinate.
+
+    Rank r of n on an axis in `zigzag` has parts r and 2n - 1 - r of 2n of whatever is as long as
+    that says, as causal attention is balanced: sequences, and not what else is cut over the axis.
     """
 
     sizes: Mapping[str, int]
     at: Mapping[str, int]
-    zigzag: Collection[str] = ()
+    zigzag: Mapping[str, Collection[int]] = {}
 
 
 class Unplaced(Exception):
@@ -90,7 +92,7 @@ def shares(length: int, names: Sequence[str], axes: Axes, *, even: bool) -> tupl
     found: tuple[Stretch, ...] = (Stretch(0, 0, length),)
     for axis in names:
         left, n, r = sum(s.length for s in found), axes.sizes[axis], axes.at[axis]
-        if axis in axes.zigzag:
+        if length in axes.zigzag.get(axis, ()):
             parts = [share(left, 2 * n, i, even=even) for i in (r, 2 * n - 1 - r)]
         else:
             parts = [share(left, n, r, even=even)]

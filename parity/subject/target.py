@@ -99,7 +99,7 @@ class Candidate:
     def _axes(self, run: Run) -> Axes:
         at = self.mesh(run).get_coordinate() or ()
         own = dict(zip(run.case.axes, at, strict=True))
-        return Axes(dict(run.case.axes), own, self.subject.zigzag)
+        return Axes(dict(run.case.axes), own, data.zigzag(self.subject))
 
     def _program(self, full: Mapping[str, Tensor], run: Run) -> Program:
         torch.manual_seed(run.seed)
@@ -182,7 +182,7 @@ def _cut_as_told(held: Held, cuts: Mapping[int, Any], wholes: Wholes, axes: Axes
     if shape is None:
         raise TraceError(f"layout of {held.name}: the baseline has no parameter of this name")
     try:
-        place = cut(everything(shape), held.shape, cuts, axes)
+        place = cut(everything(shape), held.shape, cuts, axes._replace(zigzag={}))
     except Unplaced as problem:
         raise TraceError(f"layout of {held.name}: {problem}") from problem
     positions = torch.arange(prod(held.shape)).reshape(held.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -85,3 +87,36 @@ def test_a_wrong_layer_fails(kept: Kept, axis: str, wrong: str, said: str) -> No
     with pytest.raises(Differs) as caught:
         check(kept, axis, 2, wrong)
     assert said in str(caught.value)
+
+
+class Rows(nn.Module):
+    """A product of which ranks may have some columns each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, WIDTH))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T
+
+
+def test_over_a_zigzag_axis_other_dims_are_cut_as_ever() -> None:
+    """By word, though they are as long as the sequence."""
+
+    def columns(full: Any, mesh: Any) -> nn.Module:
+        model = Rows()
+        own = full["weight"].chunk(mesh["cp"].size())[mesh["cp"].get_local_rank()]
+        model.weight = nn.Parameter(own.clone())
+        return model
+
+    case = parity.TestCase(parity.Case({"cp": 2}))
+    for more in ({"output": {-1: "cp"}}, {"output": {2: "cp"}, "layout": {"weight": {0: "cp"}}}):
+        case.check(
+            Rows,
+            columns,
+            {"x": torch.randn(4, 8, WIDTH), "mask": torch.randn(4, 8)},
+            split={"cp": 1},
+            zigzag=["cp"],
+            whole=["x"],
+            **more,
+        )

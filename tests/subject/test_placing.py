@@ -125,7 +125,7 @@ def test_parts_that_go_zigzag_tile_a_length(
     names = data.draw(st.permutations(["cp", "tp"]))
     whole, held = torch.arange(length), []
     for c, t in itertools.product(range(cp), range(tp)):
-        here = Axes({"cp": cp, "tp": tp}, {"cp": c, "tp": t}, zigzag)
+        here = Axes({"cp": cp, "tp": tp}, {"cp": c, "tp": t}, {axis: {length} for axis in zigzag})
         stretches = shares(length, names, here, even=even)
         place = everything((length,))._replace(dims=(stretches,))
         mine = place.part_of(whole)
@@ -137,8 +137,10 @@ def test_parts_that_go_zigzag_tile_a_length(
 
 def test_zigzag_gives_each_rank_a_part_from_both_ends() -> None:
     def of(r: int, n: int) -> list[int]:
-        here = Axes({"cp": n}, {"cp": r}, ["cp"])
+        here = Axes({"cp": n}, {"cp": r}, {"cp": {12}})
         place = by_shape((12,), (12 // n,), here)
+        features = by_shape((24,), (24 // n,), here)  # of another length: cut as everything else is
+        assert features.offset == (24 // n * r,)
         return place.part_of(torch.arange(12)).tolist()
 
     assert [of(r, 3) for r in range(3)] == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]

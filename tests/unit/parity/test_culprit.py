@@ -35,6 +35,7 @@ CASE = Case({"dp": 1, "tp": 2, "pp": 2})
         ("backward", "input of a.b", "the code behind module a.b: the gradient of its input is"),
         ("backward", "output of a.b", "the code behind module a.b: the gradient of its output"),
         ("backward", "output of the model", "the loss: the gradient of the logits is the first"),
+        ("forward", "step 3 of output", "step 3: parameters are compared after the first and the"),
         ("gradient", "a.weight", "the gradient of a.weight itself: that of every activation"),
         ("norm", "sgd by step", "the gradient norm: the gradients that it is made of agree"),
         ("state", "sgd w", "the optimizer's step: gradients and norms agree"),

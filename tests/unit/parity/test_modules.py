@@ -182,3 +182,56 @@ def test_recording_does_not_hide_what_is_done_in_place() -> None:
     assert plain.tolist() != [6.0] * 3  # what it would be if the residual had its own
     model = _Residual()
     assert gradient(model, record_modules(Trace(), model)).equal(plain)
+
+
+class _Forces(nn.Module):
+    """Puts out the slope of what is in it: a gradient is taken in the forward, and one of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(self.inner(x).sum(), x, create_graph=True)
+        return slope
+
+
+class _Mapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.inner)(x)
+
+
+class _Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(torch.eye(2).to_sparse()) @ x
+
+
+@pytest.mark.parametrize(
+    "model",
+    [_Forces(), _Mapped(), _Sparse(), nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True))],
+    ids=["forces", "vmap", "sparse", "inplace"],
+)
+@pytest.mark.parametrize("is_sound", [None, lambda gradient, of: True])
+def test_recording_changes_nothing(model: nn.Module, is_sound: Any) -> None:
+    def gradients(context: AbstractContextManager[Any]) -> list[Tensor]:
+        x = torch.arange(6.0).view(2, 3).requires_grad_()
+        model.zero_grad()
+        with context:
+            model(x).square().sum().backward()
+        return [p.grad for p in (x, *model.parameters()) if p.grad is not None]
+
+    plain, trace = gradients(nullcontext()), Trace()
+    recorded = gradients(record_modules(trace, model, is_sound=is_sound))
+    assert all(a.equal(b) for a, b in zip(plain, recorded, strict=True))
+    names = {box.key.name for box in trace.boxes if box.key.check == "backward"}
+    assert "output of the model" in names
+    if isinstance(model, nn.Sequential):
+        assert "input of 1" in names or "output of 0" in names
